@@ -1,0 +1,35 @@
+"""fc2-dispatch: the fastest FC2 of "mixture of experts as dense GEMM" with NVFP4 operands, on the GPU at hand.
+
+    out = dispatch.fc2(a, b, alpha)
+"""
+from backends import Fc2Backend, Fc2Problem, Nvfp4Tensor, PreparedOperand, Support, Tactic
+from backends import pack_experts, quantize_nvfp4, register
+from dispatch.api import backends, explain, fc2, prepare
+from dispatch.choice import Decision
+from dispatch.execute import fold_scales
+from dispatch.errors import ArgumentError, ArgumentTypeError, Fc2Error, NotCompiledError, UnavailableError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Decision",
+    "Fc2Backend",
+    "Fc2Error",
+    "Fc2Problem",
+    "NotCompiledError",
+    "Nvfp4Tensor",
+    "PreparedOperand",
+    "Support",
+    "Tactic",
+    "UnavailableError",
+    "backends",
+    "explain",
+    "fc2",
+    "fold_scales",
+    "pack_experts",
+    "prepare",
+    "quantize_nvfp4",
+    "register",
+]

@@ -1,0 +1,101 @@
+"""The public calls: `fc2` and what goes with it."""
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from backends import registry
+from backends.device import DeviceInfo
+from backends.interface import Operand, Support
+from backends.operand import Nvfp4Tensor
+from backends.problem import Fc2Problem
+from backends.tactic import Tactic
+from dispatch.arguments import check_operands, check_out
+from dispatch.choice import Decision, choose
+from dispatch.execute import decide, run_fc2
+from dispatch.library import traced_fc2
+
+
+def fc2(
+    a: Nvfp4Tensor,
+    b: Operand,
+    alpha: torch.Tensor,
+    backend: str = "auto",
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Optional[torch.Tensor] = None,
+    tactic: Optional[Tactic] = None,
+) -> torch.Tensor:
+    """The second projection of "mixture of experts as one dense GEMM", on NVFP4 operands.
+
+        out[m, n] = sum_e alpha[m, e] * sum_{k in expert e} a[m, k] * b[n, k]        k in [e*I, (e+1)*I), I = K / E
+
+    Sums are float32, alpha multiplies each expert's float32 partial sum, and there is one rounding, to the output type.
+    The result is bitwise reproducible. `alpha[m, e] == 0` means that token m did not select expert e. Runs on the
+    current stream without synchronizing with the host. The first call of a kernel compiles it; calls inside a CUDA graph
+    capture need a warm-up call before it.
+
+    Args:
+        a: activations [M, K]; M may be 0.
+        b: down-projection weights [N, K], as made by `pack_experts`, or the result of `prepare`.
+        alpha: float32 [M, E], contiguous: routing weight times whatever else scales an expert.
+        backend: "auto", or the name of one of `backends()`. A named backend runs or raises; it is never replaced.
+        out_dtype: bfloat16, float16 or float32.
+        out: optional [M, N] of `out_dtype`, contiguous; it is written and returned.
+        tactic: a tactic of one backend, to run exactly that.
+
+    Returns:
+        [M, N] on the operands' device.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit; the message says what does.
+        UnavailableError: the backend or tactic asked for cannot run here, with the reason.
+        NotCompiledError: called during a CUDA graph capture before the kernel was compiled.
+    """
+    if torch.compiler.is_compiling():
+        return traced_fc2(a, b, alpha, backend, out_dtype, out, tactic)
+    return run_fc2(a, b, alpha, backend, out_dtype, out, tactic)
+
+
+def prepare(b: Nvfp4Tensor, backend: str = "auto") -> Operand:
+    """Weights in the order the backend reads fastest; do it once, at load.
+
+    Args:
+        b: weights [N, K].
+        backend: the one that will run them; "auto" takes the first that can run on b's device.
+
+    Returns:
+        An operand for `fc2` that only that backend reads (`backends.get(name).unprepare` is the exact inverse), or b
+        itself where the backend has no better order. It holds copies: drop b to free its memory.
+    """
+    device = DeviceInfo.of(b.device)
+    problem = Fc2Problem(1, *b.shape, 1, b_layout=b.layout, device_type=device.type, capability=device.capability)
+    return registry.get(choose(problem, device, backend).backend).prepare(b)
+
+
+def backends(device: Optional[torch.device | str] = None) -> dict[str, Support]:
+    """Every backend by name, with whether it runs on the device and if not why.
+
+    Args:
+        device: default the current CUDA device, or the CPU where there is none.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    info = DeviceInfo.of(device)
+    return {name: registry.get(name).is_supported(info) for name in registry.names()}
+
+
+def explain(
+    a: Nvfp4Tensor,
+    b: Operand,
+    alpha: torch.Tensor,
+    backend: str = "auto",
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tactic: Optional[Tactic] = None,
+) -> Decision:
+    """What `fc2` would run for these arguments, and why; print it. Raises what `fc2` would raise."""
+    check_operands(a, b, alpha)
+    check_out(None, out_dtype, a, b, alpha)
+    return decide(a, b, alpha, backend, out_dtype, tactic)
