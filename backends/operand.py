@@ -102,8 +102,11 @@ class Nvfp4Tensor:
             )
         if scale.device != data.device:
             raise ValueError(f"scale is on {scale.device} and data on {data.device}; move both to one device")
-        object.__setattr__(self, "data", data.view(torch.uint8))
-        object.__setattr__(self, "scale", scale.view(torch.uint8).view(expected))
+        # Tensors that already have the kept form stay the same objects: caches may hold on to their identity.
+        if data.dtype != torch.uint8:
+            object.__setattr__(self, "data", data.view(torch.uint8))
+        if scale.dtype != torch.uint8 or scale.shape != expected:
+            object.__setattr__(self, "scale", scale.view(torch.uint8).view(expected))
         _check_global_scale(self.global_scale, data.device)
 
     @classmethod
