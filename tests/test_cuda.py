@@ -1,0 +1,153 @@
+"""`dispatch.fc2` on a CUDA device: every backend that runs there, graphs, streams, `torch.compile`."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import backends
+import dispatch
+from backends import DeviceInfo, Fc2Problem
+from backends.torch_baseline import TorchTactic
+from tests.reference import ALPHA_KINDS, assert_meets_bar, make_alpha, make_operands, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPES = [
+    # m, n, experts, inner
+    *((m, 256, 4, 128) for m in (1, 8, 127, 128, 129, 160, 192, 200, 255, 256, 257, 384)),
+    (5, 192, 17, 16),
+    (64, 8000, 3, 48),
+    (129, 7168, 8, 256),
+    (33, 72, 1, 512),
+    (2, 8, 257, 16),
+]
+
+
+def running_backends() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [name for name, support in dispatch.backends("cuda").items() if support]
+
+
+def operands(m: int, n: int, experts: int, inner: int, kind: str, layout: str = "128x4"):
+    a, b = make_operands(m, n, experts * inner, seed=m + n, layout=layout, device="cuda")
+    return a, b, make_alpha(kind, m, experts, torch.Generator().manual_seed(m)).cuda()
+
+
+@pytest.mark.parametrize("name", running_backends())
+@pytest.mark.parametrize("layout", ["128x4", "linear"])
+@pytest.mark.parametrize("m, n, experts, inner", SHAPES)
+def test_meets_the_bar_and_repeats(m, n, experts, inner, layout, name):
+    a, b, alpha = operands(m, n, experts, inner, "ragged", layout)
+    exact, magnitude = reference(a, b, alpha)
+    forms = {b, dispatch.prepare(b, name)}
+    for weights in forms:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            out = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+            dispatch.fc2(a, weights, alpha, name, out_dtype=dtype, out=out)
+            assert_meets_bar(out, exact, magnitude)
+            assert torch.equal(out, dispatch.fc2(a, weights, alpha, name, out_dtype=dtype))
+
+
+@pytest.mark.parametrize("name", running_backends())
+@pytest.mark.parametrize("kind", ALPHA_KINDS)
+def test_every_alpha(kind, name):
+    a, b, alpha = operands(40, 512, 16, 64, kind)
+    for weights in (b, dispatch.prepare(b, name)):
+        out = dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32)
+        assert_meets_bar(out, *reference(a, b, alpha))
+
+
+@pytest.mark.parametrize("name", running_backends())
+def test_replayed_graph_follows_its_inputs(name):
+    a, b, alpha = operands(24, 512, 8, 128, "dense")
+    for weights in (b, dispatch.prepare(b, name)):
+        out = dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32, out=out)
+        for seed, kind in enumerate(ALPHA_KINDS):
+            fresh, _ = make_operands(24, 8, 8 * 128, seed=seed, device="cuda")
+            a.data.copy_(fresh.data)
+            a.scale.copy_(fresh.scale)
+            alpha.copy_(make_alpha(kind, 24, 8, torch.Generator().manual_seed(seed)))
+            out.fill_(torch.nan)
+            graph.replay()
+            assert_meets_bar(out, *reference(a, b, alpha))
+
+
+@pytest.mark.parametrize("name", running_backends())
+def test_two_streams_at_once(name):
+    """Calls on different streams share no scratch memory."""
+    first, second = (operands(m, 2048, 32, 64, "dense") for m in (32, 48))
+    expected = [dispatch.fc2(*x, name, out_dtype=torch.float32) for x in (first, second)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for i, x in enumerate((first, second)):
+            with torch.cuda.stream(streams[i]):
+                results[i].append(dispatch.fc2(*x, name, out_dtype=torch.float32))
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(result, expected[i]) for result in results[i])
+
+
+@pytest.mark.parametrize("name", running_backends())
+def test_compile_fullgraph(name):
+    @torch.compile(fullgraph=True)
+    def layer(a, b, alpha):
+        return dispatch.fc2(a, b, alpha * 2, name, out_dtype=torch.float32) + 1
+
+    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    exact, magnitude = reference(a, b, alpha * 2)
+    assert_meets_bar(layer(a, dispatch.prepare(b, name), alpha) - 1, exact, magnitude + 2.0**-6)
+
+
+def test_auto_runs_and_explains():
+    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    decision = dispatch.explain(a, b, alpha)
+    assert_meets_bar(dispatch.fc2(a, b, alpha), *reference(a, b, alpha))
+    assert decision.backend in running_backends() and str(decision)
+
+
+def test_a_backend_for_other_hardware_refuses():
+    if DeviceInfo.of("cuda").capability in ((10, 0), (10, 3)):
+        pytest.skip("this device runs every backend")
+    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    with pytest.raises(dispatch.UnavailableError, match="backend 'cute' cannot run this call: .*SM"):
+        dispatch.fc2(a, b, alpha, "cute")
+
+
+def test_an_uncompiled_kernel_is_refused_during_a_capture():
+    name = running_backends()[0]
+    if name == "torch":
+        pytest.skip("no backend here compiles anything")
+    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    backend = type(backends.get(name))()  # nothing compiled yet
+    backend_name = "fresh"
+    backend.name = backend_name
+    dispatch.register(backend)
+    try:
+        problem = Fc2Problem(24, 256, 512, 8, capability=DeviceInfo.of("cuda").capability)
+        assert not backend.is_compiled(problem, backend.default_tactic(problem))
+        out = torch.zeros((24, 256), dtype=torch.bfloat16, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(dispatch.NotCompiledError, match="call fc2 once with the same shapes before the capture"):
+            with torch.cuda.graph(graph):
+                dispatch.fc2(a, b, alpha, backend_name, out=out)
+    finally:
+        backends.unregister(backend_name)
+
+
+def test_cached_weight_is_a_library_gemm():
+    a, b, alpha = operands(24, 512, 8, 128, "dense")
+    out = dispatch.fc2(a, b, alpha, tactic=TorchTactic("cached_weight"), out_dtype=torch.float32)
+    exact, magnitude = reference(a, b, alpha)
+    assert ((out.double() - exact).abs() <= 2.0**-8 * magnitude).all()
+
+
+def test_devices_must_agree():
+    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    with pytest.raises(dispatch.ArgumentError, match="a is on cuda:0, b on cuda:0, alpha on cpu"):
+        dispatch.fc2(a, b, alpha.cpu())
