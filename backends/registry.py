@@ -14,6 +14,8 @@ _BUILTIN = {
 }
 _instances: dict[str, Fc2Backend] = {}
 _registered: list[str] = []
+#: Counts registrations and removals: what was decided under another count may be out of date.
+generation = 0
 
 
 def names() -> list[str]:
@@ -44,13 +46,17 @@ def register(backend: Fc2Backend) -> None:
         raise ValueError(f"backend name {backend.name!r} is not usable; take an identifier other than 'auto'")
     if backend.name in names():
         raise ValueError(f"a backend named {backend.name!r} is already registered")
+    global generation
     _instances[backend.name] = backend
     _registered.append(backend.name)
+    generation += 1
 
 
 def unregister(name: str) -> None:
     """Remove a backend that `register` added. Raises KeyError for any other name."""
     if name not in _registered:
         raise KeyError(f"{name!r} was not added by register(); registered: {', '.join(_registered) or 'none'}")
+    global generation
     _registered.remove(name)
     del _instances[name]
+    generation += 1

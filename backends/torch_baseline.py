@@ -63,9 +63,6 @@ class TorchBackend(Fc2Backend):
     def default_tactic(self, problem: Fc2Problem) -> TorchTactic:
         return TorchTactic()
 
-    def is_compiled(self, problem: Fc2Problem, tactic: TorchTactic) -> bool:
-        return True
-
     def run(
         self,
         problem: Fc2Problem,
@@ -106,7 +103,8 @@ def _run_experts(problem: Fc2Problem, a: Nvfp4Tensor, b: Nvfp4Tensor, alpha: tor
     inner = problem.intermediate
     dtype = torch.bfloat16 if out.is_cuda else torch.float32  # both exact; a CPU's bfloat16 GEMM may round its sums
     columns = min(problem.n, max(128, _CHUNK_VALUES // inner // 128 * 128))
-    group = max(1, min(problem.experts, _CHUNK_VALUES // (inner * max(columns, problem.m))))
+    largest = max(inner * columns, inner * problem.m, problem.m * columns)  # values per expert: B, A, partial sums
+    group = max(1, min(problem.experts, _CHUNK_VALUES // largest))
     for n0 in range(0, problem.n, columns):
         n1 = min(n0 + columns, problem.n)
         total = torch.zeros((problem.m, n1 - n0), dtype=torch.float32, device=out.device)

@@ -97,5 +97,5 @@ def explain(
 ) -> Decision:
     """What `fc2` would run for these arguments, and why; print it. Raises what `fc2` would raise."""
     check_operands(a, b, alpha)
-    check_out(None, out_dtype, a, b, alpha)
+    check_out(None, out_dtype, a, b)
     return decide(a, b, alpha, backend, out_dtype, tactic)

@@ -48,10 +48,8 @@ def check_operands(a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor) -> None:
     _check_scale_count("b", b, (1, experts))
 
 
-def check_out(
-    out: Optional[torch.Tensor], out_dtype: torch.dtype, a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor
-) -> None:
-    """Raise unless `out_dtype` is offered and `out`, if given, can take the result."""
+def check_out(out: Optional[torch.Tensor], out_dtype: torch.dtype, a: Nvfp4Tensor, b: Operand) -> None:
+    """Raise unless `out_dtype` is offered and `out`, if given, has the form of the result."""
     if out_dtype not in OUT_DTYPES.values():
         got = dtype_name(out_dtype) if isinstance(out_dtype, torch.dtype) else repr(out_dtype)
         raise ArgumentError(f"out_dtype is {got}; accepted: {', '.join(OUT_DTYPES)}")
@@ -68,9 +66,6 @@ def check_out(
         raise ArgumentError(f"out is on {out.device} and a on {a.device}; move both to one device")
     if not out.is_contiguous():
         raise ArgumentError(f"out is not contiguous (strides {list(out.stride())}); it takes a row-major tensor")
-    for name, tensor in (("a", a.data), ("a", a.scale), ("b", b.data), ("b", b.scale), ("alpha", alpha)):
-        if _overlap(out, tensor):
-            raise ArgumentError(f"out overlaps the memory of {name}; fc2 reads its inputs while it writes out")
 
 
 def _check_scale_count(name: str, operand: Operand, counts: tuple[int, ...]) -> None:
@@ -80,7 +75,11 @@ def _check_scale_count(name: str, operand: Operand, counts: tuple[int, ...]) -> 
         raise ArgumentError(f"{name}.global_scale has {scale.numel()} elements; it takes {accepted}")
 
 
-def _overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share bytes."""
-    x0, y0 = x.data_ptr(), y.data_ptr()
-    return x0 < y0 + y.numel() * y.element_size() and y0 < x0 + x.numel() * x.element_size()
+def check_overlap(out: torch.Tensor, a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor) -> None:
+    """Raise if `out` shares memory with an input. All are contiguous, so the ranges of their bytes decide."""
+    first = out.data_ptr()
+    last = first + out.nbytes
+    for name, tensor in (("a", a.data), ("a", a.scale), ("b", b.data), ("b", b.scale), ("alpha", alpha)):
+        start = tensor.data_ptr()
+        if start < last and first < start + tensor.nbytes:
+            raise ArgumentError(f"out overlaps the memory of {name}; fc2 reads its inputs while it writes out")

@@ -11,7 +11,7 @@ from backends.interface import Fc2Backend, Operand
 from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
-from dispatch.arguments import check_operands, check_out
+from dispatch.arguments import check_operands, check_out, check_overlap
 from dispatch.choice import Decision, choose
 from dispatch.errors import NotCompiledError
 
@@ -22,8 +22,8 @@ class _Plan(NamedTuple):
     tactic: Tactic
 
 
-# Decisions by everything they depend on. A tuple of plain values, since building and hashing an Fc2Problem would cost
-# more than the look-up.
+# Checked and decided kinds of calls. The key holds everything that the checks and the decision look at, as plain
+# values, so that a repeated call costs one look-up: building and hashing an Fc2Problem alone would cost more.
 _plans: dict[tuple, _Plan] = {}
 
 
@@ -37,17 +37,46 @@ def run_fc2(
     tactic: Optional[Tactic],
 ) -> torch.Tensor:
     """`dispatch.fc2` outside of `torch.compile`; see there."""
-    check_operands(a, b, alpha)
-    check_out(out, out_dtype, a, b, alpha)
+    try:
+        key = _key(a, b, alpha, backend, out_dtype, out, tactic)
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):  # an argument of a type that the checks below refuse by name
+        key = plan = None
+    if plan is None:
+        check_operands(a, b, alpha)
+        check_out(out, out_dtype, a, b)
+        if a.shape[0] == 0 or b.shape[0] == 0:
+            return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=alpha.device) if out is None else out
+        decision = decide(a, b, alpha, backend, out_dtype, tactic)
+        plan = _plans[key] = _Plan(decision.problem, registry.get(decision.backend), decision.tactic)
+    problem, chosen, chosen_tactic = plan
     if out is None:
-        out = torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=alpha.device)
-    if out.numel() == 0:
-        return out
-    plan = _plan(a, b, alpha, backend, out_dtype, tactic)
-    if not plan.backend.is_compiled(plan.problem, plan.tactic):
+        out = torch.empty((problem.m, problem.n), dtype=out_dtype, device=alpha.device)
+    else:
+        check_overlap(out, a, b, alpha)
+    if not chosen.is_compiled(problem, chosen_tactic):
         _compile(plan, alpha.device)
-    plan.backend.run(plan.problem, plan.tactic, a, b, fold_scales(alpha, a, b), out)
+    chosen.run(problem, chosen_tactic, a, b, fold_scales(alpha, a, b), out)
     return out
+
+
+def _key(
+    a: Nvfp4Tensor,
+    b: Operand,
+    alpha: torch.Tensor,
+    backend: str,
+    out_dtype: torch.dtype,
+    out: Optional[torch.Tensor],
+    tactic: Optional[Tactic],
+) -> tuple:
+    a_data, a_scale, b_scale = a.data, a.global_scale, b.global_scale
+    return (
+        (type(a), a_data.shape, a.layout, a_data.device, a_scale.numel() if isinstance(a_scale, torch.Tensor) else None),
+        (type(b), b.shape, b.layout, b.data.device, b_scale.numel() if isinstance(b_scale, torch.Tensor) else None),
+        (alpha.shape, alpha.stride(), alpha.dtype, alpha.device, alpha.requires_grad and torch.is_grad_enabled()),
+        (backend, tactic, out_dtype, registry.generation),
+        None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+    )
 
 
 def fold_scales(alpha: torch.Tensor, a: Nvfp4Tensor, b: Operand) -> torch.Tensor:
@@ -85,17 +114,6 @@ def decide(
         capability=device.capability,
     )
     return choose(problem, device, backend, tactic)
-
-
-def _plan(
-    a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, backend: str, out_dtype: torch.dtype, tactic: Optional[Tactic]
-) -> _Plan:
-    key = (a.data.shape, a.layout, b.shape, b.layout, alpha.shape, alpha.device, backend, out_dtype, tactic)
-    plan = _plans.get(key)
-    if plan is None:
-        decision = decide(a, b, alpha, backend, out_dtype, tactic)
-        plan = _plans[key] = _Plan(decision.problem, registry.get(decision.backend), decision.tactic)
-    return plan
 
 
 def _compile(plan: _Plan, device: torch.device) -> None:
