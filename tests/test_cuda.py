@@ -151,3 +151,27 @@ def test_devices_must_agree():
     a, b, alpha = operands(24, 256, 8, 64, "top_k")
     with pytest.raises(dispatch.ArgumentError, match="a is on cuda:0, b on cuda:0, alpha on cpu"):
         dispatch.fc2(a, b, alpha.cpu())
+
+
+def test_extra_memory_is_bounded():
+    """The torch baseline at DeepSeek-V3's size stays far below the 0.94 GB of a decoded B, and so does the quantizer."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    m, n, experts, inner = 128, 7168, 256, 256
+    data = torch.randint(0, 256, (n, experts * inner // 2), dtype=torch.uint8, device="cuda", generator=generator)
+    scale = torch.randint(32, 64, (n, experts * inner // 16), dtype=torch.uint8, device="cuda", generator=generator)
+    b = dispatch.Nvfp4Tensor(data, scale)
+    a, _ = make_operands(m, 8, experts * inner, seed=0, device="cuda")
+    alpha = torch.rand(m, experts, device="cuda")
+    out = torch.empty((m, n), dtype=torch.bfloat16, device="cuda")
+
+    def peak(call) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(lambda: dispatch.fc2(a, b, alpha, "torch", out=out)) < 256 << 20
+    x = torch.randn(n, 65536, dtype=torch.bfloat16, device="cuda")
+    result = b.nbytes + (64 << 20)  # data and scale factors, the latter twice while they are being reordered
+    assert peak(lambda: dispatch.quantize_nvfp4(x)) < result + (512 << 20)
