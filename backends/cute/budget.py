@@ -29,9 +29,7 @@ CTA_ROWS = 128
 #: The MMA runs at most this many experts ahead of the epilogue, plus one.
 MAX_ACC_STAGES = 3
 #: Columns an epilogue thread reads from tensor memory at a time; two such sub-tiles are in registers at once.
-SUBTILE = 32
-#: Columns of the running sum kept in registers.
-REGISTER_SUM_COLUMNS = 128
+SUBTILE = 16
 
 TILES = ((128, 64), (128, 128), (128, 256), (256, 128), (256, 256))
 TILE_KS = (128, 256)
@@ -91,7 +89,7 @@ class Budget:
         # 32 rows a column and 4 scale factors (64 K elements) a 32-bit word.
         sfa = CTA_ROWS // 32 * (tactic.tile_k // 64)
         sfb = max(tactic.tile_n, 128) // 32 * (tactic.tile_k // 64)
-        spilled_sum = max(tactic.tile_n - REGISTER_SUM_COLUMNS, 0)
+        spilled_sum = tactic.tile_n - register_columns(tactic.tile_n)
         acc_stages = min((TMEM_COLUMNS - sfa - sfb - spilled_sum) // tactic.tile_n, MAX_ACC_STAGES)
         sfa_column = acc_stages * tactic.tile_n
         return Budget(
@@ -118,3 +116,12 @@ def stage_bytes(tactic: CuteTactic) -> int:
     b_rows = tactic.tile_n // (2 if tactic.tile_m == 256 else 1)
     scale_rows = CTA_ROWS + max(tactic.tile_n, 128)
     return (CTA_ROWS + b_rows) * tactic.tile_k // 2 + scale_rows * tactic.tile_k // 16
+
+
+def register_columns(tile_n: int) -> int:
+    """Columns of a row's running sum that an epilogue thread keeps in registers.
+
+    A thread has 255 registers (PTX ISA), two sub-tiles of partials in flight take 64 and addressing about 40: 128
+    columns fit. A 256-wide row also moves two sub-tiles of its own sum, another 64, which leaves 96.
+    """
+    return tile_n if tile_n <= 128 else 64

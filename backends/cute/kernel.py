@@ -69,6 +69,8 @@ class Fc2Kernel:
         # What one warp stages for one TMA store: its 32 rows, 128 bytes of each (one 128-byte swizzle row).
         self.store_tile = (32, budget.STORE_ROW_BYTES * 8 // self.out_type.width)
         self.subtiles = tactic.tile_n // budget.SUBTILE
+        self.store_subtiles = self.store_tile[1] // budget.SUBTILE
+        self.store_blocks = tactic.tile_n // self.store_tile[1]
 
     @cute.jit
     def __call__(
@@ -194,9 +196,11 @@ class Fc2Kernel:
         m_tiles: cutlass.Int32, n_tiles: cutlass.Int32,
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        coord = cluster_vmnk.get_flat_coord(rank)
-        coord_sfb = cluster_sfb_vmnk.get_flat_coord(rank)
+        # The grid's x and y are the cluster's. Taken from the block index, roles are uniform to the compiler; taken
+        # from the cluster rank, ptxas predicated every MMA of (256, n)@(2, 1) (SASS, CUDA 12.9).
+        x, y, _ = cute.arch.block_idx()
+        coord = (x % self.pair_size, x // self.pair_size, y, 0)
+        coord_sfb = (0, x, y, 0)
 
         smem = utils.SmemAllocator().allocate(self.storage)
         stage = (
@@ -379,10 +383,10 @@ class Fc2Kernel:
     ):
         """Sum `alpha * partial` over each item's experts in ascending order; store, or add up the splits first."""
         thread = cute.arch.thread_idx()[0]
-        # Thread t owns lane t: one row of the CTA's tile. (row, sub-tile columns, 1, sub-tile, stage) -> its columns
-        read, source = self._row_reads(self._accumulators(mma, tmem), thread)
-        partial = [cute.make_rmem_tensor(self.row_shape, ACCUMULATOR) for _ in range(2)]
-        total = [cute.make_rmem_tensor(self.row_shape, ACCUMULATOR) for _ in range(self.subtiles)]
+        # Thread t owns lane t: one row of the CTA's tile, in sub-tiles of `SUBTILE` columns.
+        read, source = self._row_copy(tcgen05.Ld32x32bOp, self._accumulators(mma, tmem), thread)
+        partial = [self._row_fragment() for _ in range(2)]
+        total = self._running_sum(mma, tmem, thread)
         store = self._stores(tma_out, staging)
 
         full = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.budget.acc_stages)
@@ -396,50 +400,52 @@ class Fc2Kernel:
             ahead = cutlass.Float32(0.0)
             if has_row:
                 ahead = cute.arch.load(weights + first, cutlass.Float32)
-            for t in total:
-                t.fill(0.0)
+            total.clear()
             for expert in cutlass.range(first, last, unroll=1):
                 weight = ahead
                 if has_row and expert + 1 < last:
                     ahead = cute.arch.load(weights + expert + 1, cutlass.Float32)
                 acc.consumer_wait(full)
                 cute.copy(read, source[None, None, None, 0, 0, full.index], partial[0])
+                total.prefetch(0)
                 for j in cutlass.range_constexpr(self.subtiles):
                     cute.arch.fence_view_async_tmem_load()
                     if cutlass.const_expr(j + 1 < self.subtiles):
                         cute.copy(read, source[None, None, None, 0, j + 1, full.index], partial[(j + 1) % 2])
+                        total.prefetch(j + 1)
                     else:
                         # The last read has landed in all lanes: hand the stage back before the arithmetic.
                         with cute.arch.elect_one():
                             acc.consumer_release(full)
-                    multiply_add(total[j], weight, partial[j % 2])
+                    total.add(j, weight, partial[j % 2])
+                total.flush()
                 full.advance()
 
             if work.splits == 1:
                 for j in cutlass.range_constexpr(self.subtiles):
-                    self._store(store, cta_row, tile_column, j, total[j])
+                    self._store(
+                        store, cta_row, tile_column * self.store_blocks + j // self.store_subtiles,
+                        j % self.store_subtiles, total.read(j),
+                    )
             else:
                 slot = tile_column * (work.m_tiles * self.cluster[0]) + cta_row
                 slices = workspace + cutlass.Int64(slot * work.splits) * (budget.CTA_ROWS * self.mma_tile[1])
                 for j in cutlass.range_constexpr(self.subtiles):
+                    values = total.read(j)
                     if has_row:
-                        cute.autovec_copy(total[j], self._slice(slices, split, j, thread))
+                        cute.autovec_copy(values, self._slice(slices, split, j, thread))
                 if self._is_last_arriver(counters + slot, work.splits, is_last, thread):
-                    for j in cutlass.range_constexpr(self.subtiles):
-                        total[0].fill(0.0)
-                        for s in cutlass.range(0, work.splits, SPLIT_GROUP, unroll=1):
-                            self._add_splits(total[0], slices, s, work.splits, j, thread, has_row)
-                        self._store(store, cta_row, tile_column, j, total[0])
+                    self._sum_splits(store, cta_row, tile_column, slices, work.splits, thread, has_row)
 
-    def _row_reads(self, accumulators: cute.Tensor, thread):
-        """(copy, source by sub-tile and stage) that read one row's next `SUBTILE` columns from tensor memory."""
-        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(budget.SUBTILE)), ACCUMULATOR)
+    def _row_copy(self, op, columns: cute.Tensor, thread):
+        """(copy, the thread's part by sub-tile and stage) between its row of tensor memory and registers."""
         tile = (budget.CTA_ROWS, budget.SUBTILE)
-        tiled = cute.flat_divide(accumulators[(None, None), 0, 0, None], tile)
-        copy = tcgen05.make_tmem_copy(atom, tiled[None, None, 0, 0, 0])
+        tiled = cute.flat_divide(columns[(None, None), 0, 0, None], tile)
+        copy = tcgen05.make_tmem_copy(
+            cute.make_copy_atom(op(tcgen05.Repetition(budget.SUBTILE)), ACCUMULATOR), tiled[None, None, 0, 0, 0]
+        )
         part = copy.get_slice(thread)
-        self.row_shape = part.partition_D(cute.make_identity_tensor(tile)).shape
-        return copy, part.partition_S(tiled)
+        return copy, part.partition_S(tiled) if op is tcgen05.Ld32x32bOp else part.partition_D(tiled)
 
     def _stores(self, tma_out, staging: cute.Tensor):
         """(atom, this warp's staging rows, TMA source, TMA target by row and column block)."""
@@ -452,25 +458,22 @@ class Fc2Kernel:
         return atom, staging[cute.arch.lane_idx(), None, warp], source[None, warp], target
 
     @cute.jit
-    def _store(self, store, cta_row, tile_column, j: cutlass.Constexpr[int], values: cute.Tensor):
-        """Convert sub-tile j once, stage it, and store when a staging row is full. TMA clips rows and columns."""
+    def _store(self, store, cta_row, block, i: cutlass.Constexpr[int], values: cute.Tensor):
+        """Convert sub-tile i of a store block once and stage it; with the last one, store. TMA clips both bounds."""
         atom, staging_row, source, target = store
-        per_store = self.store_tile[1] // budget.SUBTILE
-        if cutlass.const_expr(j % per_store == 0):
+        if cutlass.const_expr(i == 0):
             with cute.arch.elect_one():
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()
         converted = cute.make_rmem_tensor(budget.SUBTILE, self.out_type)
         converted.store(cute.coalesce(values).load().to(self.out_type))
-        columns = cute.local_tile(staging_row, (budget.SUBTILE,), (j % per_store,))
-        cute.autovec_copy(converted, columns)
-        if cutlass.const_expr(j % per_store == per_store - 1):
+        cute.autovec_copy(converted, cute.local_tile(staging_row, (budget.SUBTILE,), (i,)))
+        if cutlass.const_expr(i == self.store_subtiles - 1):
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.sync_warp()
             warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-            column = tile_column * (self.mma_tile[1] // self.store_tile[1]) + j // per_store
             with cute.arch.elect_one():
-                cute.copy(atom, source, target[None, cta_row * budget.EPILOGUE_WARPS + warp, column])
+                cute.copy(atom, source, target[None, cta_row * budget.EPILOGUE_WARPS + warp, block])
                 cute.arch.cp_async_bulk_commit_group()
 
     def _slice(self, slices: cute.Pointer, split, j: int, thread) -> cute.Tensor:
@@ -495,15 +498,86 @@ class Fc2Kernel:
         return flag[0] == splits - 1
 
     @cute.jit
-    def _add_splits(self, total: cute.Tensor, slices, first, splits, j: cutlass.Constexpr[int], thread, has_row):
-        """Add sub-tile j of the next `SPLIT_GROUP` splits in ascending order, all of them in flight at once."""
-        group = [cute.make_rmem_tensor(self.row_shape, ACCUMULATOR) for _ in range(SPLIT_GROUP)]
-        for i in cutlass.range_constexpr(SPLIT_GROUP):
-            group[i].fill(0.0)
-            if has_row and first + i < splits:
-                cute.autovec_copy(self._slice(slices, first + i, j, thread), group[i])
-        for i in cutlass.range_constexpr(SPLIT_GROUP):
-            multiply_add(total, cutlass.Float32(1.0), group[i])
+    def _sum_splits(self, store, cta_row, tile_column, slices, splits, thread, has_row):
+        """Add all splits' slices in ascending order and store the sum."""
+        group = [self._row_fragment() for _ in range(SPLIT_GROUP)]
+        total = self._row_fragment()
+        for block in cutlass.range(self.store_blocks, unroll=1):
+            for i in cutlass.range_constexpr(self.store_subtiles):
+                j = block * self.store_subtiles + i
+                total.fill(0.0)
+                for first in cutlass.range(0, splits, SPLIT_GROUP, unroll=1):
+                    # The loads of a group are all in flight at once.
+                    for g in cutlass.range_constexpr(SPLIT_GROUP):
+                        group[g].fill(0.0)
+                        if has_row and first + g < splits:
+                            cute.autovec_copy(self._slice(slices, first + g, j, thread), group[g])
+                    for g in cutlass.range_constexpr(SPLIT_GROUP):
+                        multiply_add(total, cutlass.Float32(1.0), group[g])
+                self._store(store, cta_row, tile_column * self.store_blocks + block, i, total)
+
+    def _running_sum(self, mma: cute.TiledMma, tmem: cute.Pointer, thread) -> RunningSum:
+        in_registers = budget.register_columns(self.mma_tile[1]) // budget.SUBTILE
+        registers = [self._row_fragment() for _ in range(in_registers)]
+        if in_registers == self.subtiles:
+            return RunningSum(registers)
+        columns = self._accumulators(mma, tmem + self.budget.sum_column - in_registers * budget.SUBTILE)
+        load, source = self._row_copy(tcgen05.Ld32x32bOp, columns, thread)
+        store, target = self._row_copy(tcgen05.St32x32bOp, columns, thread)
+        return RunningSum(registers, [self._row_fragment() for _ in range(2)], load, source, store, target)
+
+    def _row_fragment(self) -> cute.Tensor:
+        return cute.make_rmem_tensor(((budget.SUBTILE, 1), 1, 1), ACCUMULATOR)
+
+
+@dataclass(frozen=True)
+class RunningSum:
+    """One row's fp32 running sum: leading sub-tiles in registers, the rest, for N tiles of 256, in tensor memory.
+
+    256 fp32 registers a thread do not exist, so a 256-wide row keeps `budget.register_columns` of them and reads,
+    updates and writes back the others once per expert, through tensor memory columns that the MMA does not use.
+    """
+
+    registers: list
+    window: list = ()
+    load: object = None
+    source: object = None
+    store: object = None
+    target: object = None
+
+    def clear(self) -> None:
+        for r in self.registers:
+            r.fill(0.0)
+        if self.window:
+            self.window[0].fill(0.0)
+            for j in range(len(self.registers), cute.size(self.target, mode=[4])):
+                cute.copy(self.store, self.window[0], self.target[None, None, None, 0, j, 0])
+            self.flush()
+
+    def prefetch(self, j: int) -> None:
+        """Start reading sub-tile j; the caller fences."""
+        if j >= len(self.registers):
+            cute.copy(self.load, self.source[None, None, None, 0, j, 0], self.window[j % 2])
+
+    def add(self, j: int, weight: cutlass.Float32, partial: cute.Tensor) -> None:
+        """Sub-tile j, whose read has landed, += weight * partial."""
+        if j < len(self.registers):
+            multiply_add(self.registers[j], weight, partial)
+        else:
+            multiply_add(self.window[j % 2], weight, partial)
+            cute.copy(self.store, self.window[j % 2], self.target[None, None, None, 0, j, 0])
+
+    def flush(self) -> None:
+        """Order this expert's writes before the next one's reads."""
+        if self.window:
+            cute.arch.fence_view_async_tmem_store()
+
+    def read(self, j: int) -> cute.Tensor:
+        if j < len(self.registers):
+            return self.registers[j]
+        self.prefetch(j)
+        cute.arch.fence_view_async_tmem_load()
+        return self.window[j % 2]
 
 
 def multiply_add(total: cute.Tensor, weight: cutlass.Float32, partial: cute.Tensor) -> None:
