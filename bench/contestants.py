@@ -1,0 +1,102 @@
+"""Who takes part at a problem: pairs of a tactic and a form of the weights, and the reasons of those who do not."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Mapping, Optional, Sequence
+
+from backends import registry
+from backends.device import DeviceInfo
+from backends.interface import Fc2Backend
+from backends.problem import Fc2Problem
+from backends.tactic import Tactic
+from bench.records import Absent
+
+#: The backend that is everyone's baseline: all of its tactics always take part.
+BASELINE = "torch"
+#: Another backend's name for a field that the command line pins.
+_ALIASES = {"split_k": "split"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A tactic on one form of the weights.
+
+    Attributes:
+        form: `b_layout` of the weights: a layout, or "backend/form" for prepared ones.
+        auto: whether "auto" takes it for weights of this form.
+    """
+
+    tactic: Tactic
+    form: str
+    auto: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.tactic} prepared" if "/" in self.form else str(self.tactic)
+
+
+def absent_backends(names: Sequence[str], device: DeviceInfo) -> list[Absent]:
+    """The backends that cannot run on the device, or whose packages do not import."""
+    absent = []
+    for name in names:
+        support = registry.get(name).is_supported(device)
+        if not support:
+            absent.append(Absent(name, support.reason))
+    return absent
+
+
+def line_up(
+    problem: Fc2Problem,
+    device: DeviceInfo,
+    names: Sequence[str],
+    pins: Mapping[str, tuple],
+    all_tactics: bool,
+    favourite: Optional[Tactic],
+) -> tuple[list[Contestant], list[Absent]]:
+    """Contestants for a problem, whose `b_layout` says which form of the weights, and who is missing though supported.
+
+    Args:
+        names: backends that may take part.
+        pins: see `Options.pins`; a tactic that lacks a pinned field does not take part.
+        all_tactics: every tactic of a backend instead of its default.
+        favourite: what "auto" takes; it takes part even where it is nobody's default.
+    """
+    tactics: list[Tactic] = []
+    absent: list[Absent] = []
+    owner = problem.b_layout.partition("/")[0] if "/" in problem.b_layout else ""
+    for name in names:
+        backend = registry.get(name)
+        if not backend.is_supported(device) or (owner and owner != name):
+            continue
+        if all_tactics or pins:
+            found = [tactic for tactic in backend.tactics(problem) if matches(tactic.to_json(), pins)]
+            if not found:
+                absent.append(Absent(name, "no tactic that can implement the problem has the fields asked for"))
+        else:
+            found, reason = _usual(backend, problem)
+            if not found:
+                absent.append(Absent(name, reason))
+        tactics += found
+    if favourite is not None and favourite.backend in names and favourite not in tactics and not pins:
+        tactics.append(favourite)
+    return [Contestant(tactic, problem.b_layout, tactic == favourite) for tactic in tactics], absent
+
+
+def _usual(backend: Fc2Backend, problem: Fc2Problem) -> tuple[list[Tactic], str]:
+    if backend.name == BASELINE:
+        return list(backend.tactics(problem)), "it has no tactic for the problem"
+    tactic = backend.default_tactic(problem)
+    support = backend.can_implement(problem, tactic)
+    return ([tactic], "") if support else ([], support.reason)
+
+
+def matches(record: Mapping[str, Any], pins: Mapping[str, tuple]) -> bool:
+    """Whether a tactic's record has one of the wanted values in every pinned field."""
+    for names, accepted in pins.items():
+        fields = [name if name in record else _ALIASES.get(name, name) for name in names.split(",")]
+        if any(field not in record for field in fields):
+            return False
+        values = tuple(record[field] for field in fields)
+        if (values if len(fields) > 1 else values[0]) not in accepted:
+            return False
+    return True

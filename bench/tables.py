@@ -1,0 +1,119 @@
+"""Results as text: one table per token count, for terminals and for Markdown."""
+from __future__ import annotations
+
+from typing import Sequence
+
+from tabulate import tabulate
+
+from bench.records import Results, Row, competitors, fastest, regrets
+
+HEADERS = ("", "backend and tactic", "us", "p10", "p90", "x torch", "TFLOPS", "GB/s", "% floor", "error", "notes")
+_LEFT = ("", "backend and tactic", "notes")
+
+LEGEND = """\
+us: median of a call; p10, p90: the middle 80% of the samples. x torch: how much faster than the faster torch row.
+TFLOPS: 2*M*N*K over the time, whatever was skipped. GB/s: the bytes this alpha makes necessary (weights of the selected
+experts with scale factors, A, alpha, out, each once) over the time. % floor: 100 at the time below which no kernel can
+go for this alpha. error: largest |out - ref| over the accuracy bar, against float64; right when at most 1.
+* fastest right result; auto: what backend="auto" takes, with its regret; prepared: weights permuted once by prepare()."""
+
+
+def render(results: Results, style: str = "simple") -> str:
+    """Everything a reader of a terminal needs; `style` is tabulate's: "simple", "github" for Markdown.
+
+    Returns:
+        a paragraph on where it was measured, the tables, who was absent and why, and the legend.
+    """
+    parts = [headline(results)]
+    regret = regrets(results.rows)
+    for rows in competitors(results.rows).values():
+        title = f"### {caption(rows[0])}" if style == "github" else caption(rows[0])
+        cells = [_cells(row, rows, regret) for row in rows]
+        shown = [column for column in range(len(HEADERS)) if any(line[column] for line in cells)]
+        table = tabulate(
+            [[line[column] for column in shown] for line in cells],
+            [HEADERS[column] for column in shown],
+            tablefmt=style,
+            disable_numparse=True,
+            colalign=["left" if HEADERS[column] in _LEFT else "right" for column in shown],
+        )
+        parts.append(f"{title}\n\n{table}")
+    if results.absent:
+        absent = tabulate([(a.label, a.reason) for a in results.absent], ("did not run", "reason"), tablefmt=style)
+        parts.append(absent)
+    if results.interrupted:
+        parts.append("Interrupted: the tables hold what had been measured by then.")
+    if results.rows:
+        parts.append(LEGEND)
+    return "\n\n".join(parts)
+
+
+def headline(results: Results) -> str:
+    env = results.environment
+    lines = [f"{env['device']}, torch {env['versions']['torch']}, {env['date']}"]
+    measured, used = env.get("ceilings_measured"), env.get("ceilings")
+    if used:
+        lines.append(
+            f"floors from {used['read_bandwidth'] / 1e12:.2f} TB/s and {used['mma_flops'] / 1e12:.0f} TFLOP/s ({used['source']})"
+        )
+    if measured:
+        lines.append(
+            f"measured in this run: {measured['read_bandwidth'] / 1e12:.2f} TB/s read by a sum, "
+            f"{measured['bf16_flops'] / 1e12:.0f} TFLOP/s in a bfloat16 product"
+        )
+    if env["device"].startswith("CPU"):
+        lines.append("No GPU here: a small preset on the CPU, whose times say nothing about a GPU.")
+    return "\n".join(lines)
+
+
+def caption(row: Row) -> str:
+    """What the rows of a table share."""
+    p = row.problem
+    text = f"M={p.m}  N={p.n} K={p.k} E={p.experts}  alpha {row.alpha}: {row.active_experts:.0f} of {p.experts} experts selected"
+    if row.floor_us is not None:
+        text += f", floor {row.floor_us:.1f} us (dense {row.dense_floor_us:.1f})"
+    l2 = "" if row.l2 == "uncontrolled" else f", {row.l2} L2"
+    return f"{text}; {row.timer}{l2}, {row.iterations} iterations"
+
+
+def _cells(row: Row, rows: Sequence[Row], regret: dict[tuple, float]) -> list[str]:
+    torch_time = min((r.time.median for r in rows if r.tactic["backend"] == "torch"), default=None)
+    best = fastest(rows)
+    return [
+        "*" if best is not None and row.key == best.key else "",
+        row.label,
+        f"{row.time.median:.1f}",
+        f"{row.time.p10:.1f}",
+        f"{row.time.p90:.1f}",
+        "" if torch_time is None else f"{torch_time / row.time.median:.2f}",
+        _digits(row.tflops),
+        _digits(row.gbps),
+        "" if row.percent_of_floor is None else _digits(row.percent_of_floor),
+        _digits(row.error_over_bar),
+        notes(row, rows[0], regret),
+    ]
+
+
+def notes(row: Row, first: Row, regret: dict[tuple, float]) -> str:
+    """What else a reader must know of a row."""
+    found = []
+    if row.auto:
+        found.append(f"auto +{100 * regret[row.key]:.1f}%" if row.key in regret else "auto")
+    if row.error_over_bar > 1:
+        found.append("misses the accuracy bar")
+    if not row.reproducible:
+        found.append("NOT reproducible")
+    if row.timer != first.timer:
+        found.append(f"timed with {row.timer}")
+    if row.throttled:
+        found.append("throttled: " + ", ".join(row.clocks.throttling))
+    return "; ".join(found)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return "inf"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}"
