@@ -5,7 +5,8 @@ Pure arithmetic, importable without the CuTe DSL. The kernel takes its stage cou
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from backends.interface import SUPPORTED, Support
@@ -31,9 +32,17 @@ MAX_ACC_STAGES = 3
 #: Columns an epilogue thread reads from tensor memory at a time; two such sub-tiles are in registers at once.
 SUBTILE = 16
 
+#: Output tiles (M, N) of the MMA; M = 256 is a CTA pair's.
 TILES = ((128, 64), (128, 128), (128, 256), (256, 128), (256, 256))
 TILE_KS = (128, 256)
+#: Cluster shapes (M, N). Larger ones multicast scale factors in pieces too small for TMA.
 CLUSTERS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
+
+
+#: SM 10.x parts the kernel is compiled for, by compute capability.
+ARCHS = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
+#: SMs of a B200, for choosing split counts where no device is at hand.
+SMS = 148
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ class Budget:
         """Columns to allocate: a power of two, at least 32 (PTX ISA, tcgen05.alloc)."""
         return max(32, 1 << (self.tmem_columns - 1).bit_length())
 
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA but for barriers: all stages and the output staging."""
+        return self.ab_stages * self.stage_bytes + STORE_BYTES
+
 
 def stage_bytes(tactic: CuteTactic) -> int:
     """Shared memory of one K tile of A, B and their scale factors in one CTA.
@@ -125,3 +139,108 @@ def register_columns(tile_n: int) -> int:
     columns fit. A 256-wide row also moves two sub-tiles of its own sum, another 64, which leaves 96.
     """
     return tile_n if tile_n <= 128 else 64
+
+
+def check_tactic(tactic: CuteTactic) -> Support:
+    """Whether the kernel exists for this tactic, whatever the problem."""
+    tile, cluster = (tactic.tile_m, tactic.tile_n), (tactic.cluster_m, tactic.cluster_n)
+    if tile not in TILES:
+        return Support(False, f"tile_m x tile_n is {tile[0]}x{tile[1]}; the kernel has {_shapes(TILES)}")
+    if tactic.tile_k not in TILE_KS:
+        return Support(False, f"tile_k is {tactic.tile_k}; the kernel has {' and '.join(map(str, TILE_KS))}")
+    if cluster not in CLUSTERS:
+        return Support(False, f"cluster_m x cluster_n is {cluster[0]}x{cluster[1]}; the kernel has {_shapes(CLUSTERS)}")
+    if tactic.tile_m == 256 and tactic.cluster_m % 2:
+        return Support(False, f"cluster_m is {tactic.cluster_m}; tile_m 256 is shared by two CTAs and needs it even")
+    if tactic.split_k < 1:
+        return Support(False, f"split_k is {tactic.split_k}; it counts parts of the experts and is at least 1")
+    budget = Budget.of(tactic)
+    if budget.ab_stages < 2:
+        return Support(False, f"shared memory: {budget.stage_bytes} bytes a stage leave no second one in {SMEM_BYTES}")
+    if budget.acc_stages < 1 or budget.tmem_columns > TMEM_COLUMNS:
+        return Support(False, f"tensor memory: {budget.tmem_columns} columns are needed, {TMEM_COLUMNS} exist")
+    return SUPPORTED
+
+
+def check_problem(problem: Fc2Problem, tactic: CuteTactic) -> Support:
+    """Whether the tactic computes the problem. Each rule has its own reason; the first broken one is reported."""
+    ok = check_tactic(tactic)
+    if not ok:
+        return ok
+    if problem.device_type != "cuda" or problem.capability not in ARCHS:
+        where = problem.device_type if problem.capability is None else "SM %d.%d" % problem.capability
+        return Support(False, f"the kernel uses block-scaled tcgen05 MMA of SM 10.0 and 10.3; this device is {where}")
+    for name, layout in (("a", problem.a_layout), ("b", problem.b_layout)):
+        if layout != "128x4":
+            return Support(
+                False, f"{name} has {layout!r} scale factors; TMA loads the '128x4' layout: {name}.to_layout('128x4')"
+            )
+    if problem.m < 1 or problem.n < 1:
+        return Support(False, f"m and n are {problem.m} and {problem.n}; both must be at least 1")
+    if problem.experts < 1 or problem.k != problem.experts * problem.intermediate:
+        return Support(False, f"k = {problem.k} is not a multiple of the {problem.experts} experts")
+    if problem.intermediate == 0 or problem.intermediate % tactic.tile_k:
+        return Support(
+            False, f"the experts' intermediate size {problem.intermediate} is not a multiple of tile_k {tactic.tile_k}"
+        )
+    if problem.n * problem.out_dtype.itemsize % 16:
+        return Support(
+            False,
+            f"a row of out is {problem.n} x {dtype_name(problem.out_dtype)} = "
+            f"{problem.n * problem.out_dtype.itemsize} bytes; TMA stores rows of a multiple of 16 bytes",
+        )
+    if tactic.split_k > problem.experts:
+        return Support(
+            False, f"split_k {tactic.split_k} exceeds the {problem.experts} experts, which are never divided"
+        )
+    return SUPPORTED
+
+
+def tactics(problem: Fc2Problem) -> list[CuteTactic]:
+    """The tactics worth timing: every tile, K tile and cluster, with split counts 1, 2, 4 and the best balanced one."""
+    found = []
+    for (tile_m, tile_n), tile_k, (cluster_m, cluster_n) in itertools.product(TILES, TILE_KS, CLUSTERS):
+        base = CuteTactic(tile_m, tile_n, tile_k, cluster_m, cluster_n)
+        for split_k in sorted({1, 2, 4, balanced_split(problem, base)}):
+            tactic = replace(base, split_k=split_k)
+            if check_problem(problem, tactic):
+                found.append(tactic)
+    return found
+
+
+def default_tactic(problem: Fc2Problem) -> CuteTactic:
+    """The fastest published tactic of this design, by M.
+
+    M <= 128: (128,128)@(1,2) split in two, 53.89 us at M = 128, N = 7168, K = 65536 on a B200 (TensorRT-LLM pull
+    request 13833); above, (256,128)@(2,1), 72.43 us at M = 256 (pull request 12686). Those are upstream's kernel's.
+    """
+    tile_k = 256 if problem.intermediate % 256 == 0 else 128
+    if problem.m <= CTA_ROWS:
+        return CuteTactic(128, 128, tile_k, 1, 2, split_k=min(2, max(problem.experts, 1)))
+    return CuteTactic(256, 128, tile_k, 2, 1)
+
+
+def output_tiles(problem: Fc2Problem, tactic: CuteTactic) -> int:
+    """CTA tiles of the output, padded to whole clusters: the counters a split reduction needs."""
+    rows = -(-problem.m // (CTA_ROWS * tactic.cluster_m)) * tactic.cluster_m
+    columns = -(-problem.n // (tactic.tile_n * tactic.cluster_n)) * tactic.cluster_n
+    return rows * columns
+
+
+def workspace_floats(problem: Fc2Problem, tactic: CuteTactic) -> int:
+    """float32 elements of the split reduction's workspace: one CTA tile per output tile and split."""
+    if tactic.split_k == 1:
+        return 0
+    return output_tiles(problem, tactic) * tactic.split_k * CTA_ROWS * tactic.tile_n
+
+
+def balanced_split(problem: Fc2Problem, tactic: CuteTactic, sms: int = SMS, most: int = 16) -> int:
+    """The split count up to `most` that leaves the busiest SM the fewest experts; the smallest of equals."""
+    ctas = output_tiles(problem, tactic)
+    slots = sms // (tactic.cluster_m * tactic.cluster_n) * tactic.cluster_m * tactic.cluster_n
+    splits = range(1, max(1, min(most, problem.experts)) + 1)
+    return min(splits, key=lambda s: -(-ctas * s // slots) * -(-problem.experts // s))
+
+
+def _shapes(shapes: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{a}x{b}" for a, b in shapes)
