@@ -57,6 +57,10 @@ class Fc2Backend(ABC):
     def can_implement(self, problem: Fc2Problem, tactic: Tactic) -> Support:
         """Whether the tactic computes the problem correctly; each broken rule has its own reason."""
 
+    def keeps_accuracy(self, tactic: Tactic) -> Support:
+        """Whether the tactic keeps the accuracy bar. One that does not is for comparisons: only naming it runs it."""
+        return SUPPORTED
+
     @abstractmethod
     def tactics(self, problem: Fc2Problem) -> Sequence[Tactic]:
         """All tactics that `can_implement` accepts, in a fixed order."""

@@ -57,6 +57,11 @@ class TorchBackend(Fc2Backend):
             return Support(False, f"out_dtype {problem.out_dtype} is not one of {', '.join(OUT_DTYPES)}")
         return SUPPORTED
 
+    def keeps_accuracy(self, tactic: TorchTactic) -> Support:
+        if tactic.form == "cached_weight":
+            return Support(False, "alpha is folded into bfloat16 activations, one rounding too many; name it to run it")
+        return SUPPORTED
+
     def tactics(self, problem: Fc2Problem) -> list[TorchTactic]:
         return [t for t in (TorchTactic(), TorchTactic("cached_weight")) if self.can_implement(problem, t)]
 

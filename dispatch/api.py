@@ -10,9 +10,8 @@ from backends.device import DeviceInfo
 from backends.interface import Operand, Support
 from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
-from backends.tactic import Tactic
 from dispatch.arguments import check_operands, check_out
-from dispatch.choice import Decision, choose
+from dispatch.choice import Decision, TacticLike, choose
 from dispatch.execute import decide, run_fc2
 from dispatch.library import traced_fc2
 
@@ -25,7 +24,7 @@ def fc2(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     out: Optional[torch.Tensor] = None,
-    tactic: Optional[Tactic] = None,
+    tactic: TacticLike = None,
 ) -> torch.Tensor:
     """The second projection of "mixture of experts as one dense GEMM", on NVFP4 operands.
 
@@ -43,7 +42,8 @@ def fc2(
         backend: "auto", or the name of one of `backends()`. A named backend runs or raises; it is never replaced.
         out_dtype: bfloat16, float16 or float32.
         out: optional [M, N] of `out_dtype`, contiguous; it is written and returned.
-        tactic: a tactic of one backend, to run exactly that.
+        tactic: a tactic of one backend, to run exactly that; or some of its fields, as a mapping or text such as
+            "cute(tile_n=64)", to choose among the tactics that have these.
 
     Returns:
         [M, N] on the operands' device.
@@ -71,7 +71,7 @@ def prepare(b: Nvfp4Tensor, backend: str = "auto") -> Operand:
     """
     device = DeviceInfo.of(b.device)
     problem = Fc2Problem(1, *b.shape, 1, b_layout=b.layout, device_type=device.type, capability=device.capability)
-    return registry.get(choose(problem, device, backend).backend).prepare(b)
+    return registry.get(choose(problem, device, backend=backend).backend).prepare(b)
 
 
 def backends(device: Optional[torch.device | str] = None) -> dict[str, Support]:
@@ -93,7 +93,7 @@ def explain(
     backend: str = "auto",
     *,
     out_dtype: torch.dtype = torch.bfloat16,
-    tactic: Optional[Tactic] = None,
+    tactic: TacticLike = None,
 ) -> Decision:
     """What `fc2` would run for these arguments, and why; print it. Raises what `fc2` would raise."""
     check_operands(a, b, alpha)

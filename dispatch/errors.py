@@ -18,5 +18,9 @@ class UnavailableError(Fc2Error, RuntimeError):
     """The backend or tactic asked for cannot run this problem on this device."""
 
 
+class PerformanceWarning(UserWarning):
+    """A call runs on a slow path that the caller can leave; the message says how. Given once per process and path."""
+
+
 class NotCompiledError(Fc2Error, RuntimeError):
     """A kernel would have to be compiled while a CUDA graph is being captured."""

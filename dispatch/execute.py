@@ -1,6 +1,7 @@
 """One eager call of fc2: check, decide (once per kind of problem), compile if need be, run."""
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple, Optional
 
 import torch
@@ -12,8 +13,10 @@ from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.arguments import check_operands, check_out, check_overlap
-from dispatch.choice import Decision, choose
-from dispatch.errors import NotCompiledError
+from dispatch.choice import Decision, TacticLike, choose
+from dispatch.environment import log, settings
+from dispatch.errors import Fc2Error, NotCompiledError, PerformanceWarning
+from dispatch.store import measured_for
 
 
 class _Plan(NamedTuple):
@@ -25,6 +28,12 @@ class _Plan(NamedTuple):
 # Checked and decided kinds of calls. The key holds everything that the checks and the decision look at, as plain
 # values, so that a repeated call costs one look-up: building and hashing an Fc2Problem alone would cost more.
 _plans: dict[tuple, _Plan] = {}
+_warned: set[str] = set()
+
+
+def forget_plans() -> None:
+    """Decide anew at the next calls, since something that decisions depend on has changed."""
+    _plans.clear()
 
 
 def run_fc2(
@@ -34,7 +43,7 @@ def run_fc2(
     backend: str,
     out_dtype: torch.dtype,
     out: Optional[torch.Tensor],
-    tactic: Optional[Tactic],
+    tactic: TacticLike,
 ) -> torch.Tensor:
     """`dispatch.fc2` outside of `torch.compile`; see there."""
     try:
@@ -48,6 +57,7 @@ def run_fc2(
         if a.shape[0] == 0 or b.shape[0] == 0:
             return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=alpha.device) if out is None else out
         decision = decide(a, b, alpha, backend, out_dtype, tactic)
+        _announce(decision)
         plan = _plans[key] = _Plan(decision.problem, registry.get(decision.backend), decision.tactic)
     problem, chosen, chosen_tactic = plan
     if out is None:
@@ -67,7 +77,7 @@ def _key(
     backend: str,
     out_dtype: torch.dtype,
     out: Optional[torch.Tensor],
-    tactic: Optional[Tactic],
+    tactic: TacticLike,
 ) -> tuple:
     a_data, a_scale, b_scale = a.data, a.global_scale, b.global_scale
     return (
@@ -98,7 +108,7 @@ def fold_scales(alpha: torch.Tensor, a: Nvfp4Tensor, b: Operand) -> torch.Tensor
 
 
 def decide(
-    a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, backend: str, out_dtype: torch.dtype, tactic: Optional[Tactic]
+    a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, backend: str, out_dtype: torch.dtype, tactic: TacticLike
 ) -> Decision:
     """The decision for these arguments, which have been checked."""
     device = DeviceInfo.of(alpha.device)
@@ -113,7 +123,25 @@ def decide(
         device_type=device.type,
         capability=device.capability,
     )
-    return choose(problem, device, backend, tactic)
+    if backend != "auto" or tactic is not None:
+        return choose(problem, device, measured_for(device), backend, tactic)
+    wanted = settings()
+    try:
+        return choose(problem, device, measured_for(device), wanted.backend, wanted.tactic or None)
+    except Fc2Error as error:
+        if wanted.backend == "auto" and not wanted.tactic:
+            raise
+        asked = f"FC2_BACKEND={wanted.backend}" + (f", FC2_TACTIC={wanted.tactic}" if wanted.tactic else "")
+        raise type(error)(f"{error} (asked for by the environment: {asked})") from None
+
+
+def _announce(decision: Decision) -> None:
+    """Log a new decision if FC2_LOG asks for it; warn of a slow path, once per process and path."""
+    if settings().log:
+        log.info("%s", decision.line())
+    if decision.warning and decision.warning not in _warned:
+        _warned.add(decision.warning)
+        warnings.warn(decision.warning, PerformanceWarning, stacklevel=4)
 
 
 def _compile(plan: _Plan, device: torch.device) -> None:

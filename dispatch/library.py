@@ -9,10 +9,9 @@ from typing import Optional
 
 import torch
 
-from backends import registry
 from backends.interface import Operand
 from backends.operand import Nvfp4Tensor, PreparedOperand
-from backends.tactic import Tactic
+from dispatch.choice import Pin, TacticLike
 from dispatch.execute import fold_scales, run_fc2
 
 _library = torch.library.Library("fc2_dispatch", "DEF")
@@ -31,7 +30,7 @@ def traced_fc2(
     backend: str,
     out_dtype: torch.dtype,
     out: Optional[torch.Tensor],
-    tactic: Optional[Tactic],
+    tactic: TacticLike,
 ) -> torch.Tensor:
     """`fc2` as `torch.compile` traces it: the scale folding as plain operations, then one operator."""
     encoded = "" if tactic is None else _encode(tactic)
@@ -44,8 +43,8 @@ def traced_fc2(
 
 
 @torch.compiler.assume_constant_result
-def _encode(tactic: Tactic) -> str:
-    return json.dumps(tactic.to_json())
+def _encode(tactic: TacticLike) -> str:
+    return json.dumps(Pin.of(tactic).to_json())
 
 
 def _run(
@@ -68,11 +67,7 @@ def _run(
         b = PreparedOperand(owner, form, (n, a.shape[1]), b_data, b_scale)
     else:
         b = Nvfp4Tensor(b_data, b_scale, b_layout)
-    chosen = None
-    if tactic:
-        record = json.loads(tactic)
-        chosen = registry.get(record["backend"]).tactic_type.from_json(record)
-    return run_fc2(a, b, alpha, backend, out_dtype, out, chosen)
+    return run_fc2(a, b, alpha, backend, out_dtype, out, Pin.of(json.loads(tactic)) if tactic else None)
 
 
 def _fc2(*args) -> torch.Tensor:
