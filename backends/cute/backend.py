@@ -82,17 +82,17 @@ class CuteBackend(Fc2Backend):
             self.compile(problem, tactic)
             launcher = self._launchers[_kernel_id(problem, tactic)]
         device = out.device
+        division, tiles, floats, clusters = _plan(problem, tactic, device)
         stream = torch.cuda.current_stream(device).cuda_stream
         workspace = counters = 0
-        if tactic.split_k > 1:
-            tiles, floats = _split_sizes(problem, tactic)
+        if floats:
             partials = torch.empty(floats, dtype=torch.float32, device=device)
             workspace, counters = partials.data_ptr(), self._counters(device, stream, tiles).data_ptr()
         with torch.cuda.device(device):
             launcher(
                 a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha.data_ptr(),
-                out.data_ptr(), workspace, counters, problem.m, problem.n, problem.k, problem.experts, tactic.split_k,
-                _max_clusters(device, tactic), stream,
+                out.data_ptr(), workspace, counters, problem.m, problem.n, problem.k, problem.experts,
+                division.group, division.splits, division.slots, clusters, stream,
             )
 
     def _counters(self, device: torch.device, stream: int, tiles: int) -> torch.Tensor:
@@ -135,15 +135,13 @@ def _dsl_support() -> Support:
 
 @functools.lru_cache(maxsize=4096)
 def _kernel_id(problem: Fc2Problem, tactic: CuteTactic) -> tuple[CuteTactic, str, str]:
-    """What a compiled kernel depends on: M, N, K, E and the split count are run-time arguments."""
+    """What a compiled kernel depends on: M, N, K, E and the division of the work are run-time arguments."""
     return replace(tactic, split_k=1), dtype_name(problem.out_dtype), budget.ARCHS[problem.capability]
 
 
 @functools.lru_cache(maxsize=4096)
-def _split_sizes(problem: Fc2Problem, tactic: CuteTactic) -> tuple[int, int]:
-    return budget.output_tiles(problem, tactic), budget.workspace_floats(problem, tactic)
-
-
-@functools.lru_cache(maxsize=None)
-def _max_clusters(device: torch.device, tactic: CuteTactic) -> int:
-    return DeviceInfo.of(device).sm_count // (tactic.cluster_m * tactic.cluster_n)
+def _plan(problem: Fc2Problem, tactic: CuteTactic, device: torch.device) -> tuple[budget.Division, int, int, int]:
+    """(division, output tiles, float32 elements of workspace, clusters that run at the same time)."""
+    clusters = DeviceInfo.of(device).sm_count // (tactic.cluster_m * tactic.cluster_n)
+    division = budget.Division.of(problem, tactic, clusters)
+    return division, budget.output_tiles(problem, tactic), division.workspace_floats(problem, tactic), clusters

@@ -39,10 +39,10 @@ TILE_KS = (128, 256)
 CLUSTERS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
 
 
+#: The split_k that divides all work evenly.
+STREAM_K = 0
 #: SM 10.x parts the kernel is compiled for, by compute capability.
 ARCHS = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
-#: SMs of a B200, for choosing split counts where no device is at hand.
-SMS = 148
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class CuteTactic(Tactic):
         tile_n: MMA tile columns.
         tile_k: K elements per shared memory stage.
         cluster_m, cluster_n: CTAs of a cluster along M and N; those along one dimension share the other operand.
-        split_k: parts into which the experts of an output tile are divided.
+        split_k: parts into which the experts of an output tile are divided; `STREAM_K` (0) divides the experts of all
+            tiles evenly over the SMs instead, in which case the order of additions depends on the number of SMs.
         pdl: programmatic dependent launch: start before the previous kernel of the stream has ended, and wait for
             its results on the device.
     """
@@ -152,8 +153,8 @@ def check_tactic(tactic: CuteTactic) -> Support:
         return Support(False, f"cluster_m x cluster_n is {cluster[0]}x{cluster[1]}; the kernel has {_shapes(CLUSTERS)}")
     if tactic.tile_m == 256 and tactic.cluster_m % 2:
         return Support(False, f"cluster_m is {tactic.cluster_m}; tile_m 256 is shared by two CTAs and needs it even")
-    if tactic.split_k < 1:
-        return Support(False, f"split_k is {tactic.split_k}; it counts parts of the experts and is at least 1")
+    if tactic.split_k < 0:
+        return Support(False, f"split_k is {tactic.split_k}; it is a number of parts, or {STREAM_K} for an even division")
     budget = Budget.of(tactic)
     if budget.ab_stages < 2:
         return Support(False, f"shared memory: {budget.stage_bytes} bytes a stage leave no second one in {SMEM_BYTES}")
@@ -193,15 +194,20 @@ def check_problem(problem: Fc2Problem, tactic: CuteTactic) -> Support:
         return Support(
             False, f"split_k {tactic.split_k} exceeds the {problem.experts} experts, which are never divided"
         )
+    if tactic.split_k == STREAM_K and cluster_tiles(problem, tactic) * problem.experts >= 1 << 22:
+        return Support(
+            False, f"stream-K counts in 32 bits and takes up to 2^22 pairs of output tile and expert; this problem has "
+            f"{cluster_tiles(problem, tactic) * problem.experts}; use split_k 1"
+        )
     return SUPPORTED
 
 
 def tactics(problem: Fc2Problem) -> list[CuteTactic]:
-    """The tactics worth timing: every tile, K tile and cluster, with split counts 1, 2, 4 and the best balanced one."""
+    """The tactics worth timing: every tile, K tile and cluster, with split_k 1, 2, 4 and stream-K."""
     found = []
     for (tile_m, tile_n), tile_k, (cluster_m, cluster_n) in itertools.product(TILES, TILE_KS, CLUSTERS):
         base = CuteTactic(tile_m, tile_n, tile_k, cluster_m, cluster_n)
-        for split_k in sorted({1, 2, 4, balanced_split(problem, base)}):
+        for split_k in (1, 2, 4, STREAM_K):
             tactic = replace(base, split_k=split_k)
             if check_problem(problem, tactic):
                 found.append(tactic)
@@ -220,26 +226,45 @@ def default_tactic(problem: Fc2Problem) -> CuteTactic:
     return CuteTactic(256, 128, tile_k, 2, 1)
 
 
+def cluster_tiles(problem: Fc2Problem, tactic: CuteTactic) -> int:
+    """Output tiles in units of clusters."""
+    return -(-problem.m // (CTA_ROWS * tactic.cluster_m)) * -(-problem.n // (tactic.tile_n * tactic.cluster_n))
+
+
 def output_tiles(problem: Fc2Problem, tactic: CuteTactic) -> int:
-    """CTA tiles of the output, padded to whole clusters: the counters a split reduction needs."""
-    rows = -(-problem.m // (CTA_ROWS * tactic.cluster_m)) * tactic.cluster_m
-    columns = -(-problem.n // (tactic.tile_n * tactic.cluster_n)) * tactic.cluster_n
-    return rows * columns
+    """CTA tiles of the output, padded to whole clusters: the counters a divided tile's reduction needs."""
+    return cluster_tiles(problem, tactic) * tactic.cluster_m * tactic.cluster_n
 
 
-def workspace_floats(problem: Fc2Problem, tactic: CuteTactic) -> int:
-    """float32 elements of the split reduction's workspace: one CTA tile per output tile and split."""
-    if tactic.split_k == 1:
-        return 0
-    return output_tiles(problem, tactic) * tactic.split_k * CTA_ROWS * tactic.tile_n
+@dataclass(frozen=True)
+class Division:
+    """How the experts of the output tiles are divided into parts.
 
+    Attributes:
+        group: cluster tiles whose (tile, expert) units are divided together.
+        splits: parts a group is divided into.
+        slots: the most parts that can touch one tile.
+    """
 
-def balanced_split(problem: Fc2Problem, tactic: CuteTactic, sms: int = SMS, most: int = 16) -> int:
-    """The split count up to `most` that leaves the busiest SM the fewest experts; the smallest of equals."""
-    ctas = output_tiles(problem, tactic)
-    slots = sms // (tactic.cluster_m * tactic.cluster_n) * tactic.cluster_m * tactic.cluster_n
-    splits = range(1, max(1, min(most, problem.experts)) + 1)
-    return min(splits, key=lambda s: -(-ctas * s // slots) * -(-problem.experts // s))
+    group: int
+    splits: int
+    slots: int
+
+    @staticmethod
+    def of(problem: Fc2Problem, tactic: CuteTactic, clusters: int) -> Division:
+        """`clusters` is how many run at the same time; only stream-K depends on it."""
+        if tactic.split_k != STREAM_K:
+            return Division(1, tactic.split_k, tactic.split_k)
+        tiles = cluster_tiles(problem, tactic)
+        units = tiles * problem.experts
+        splits = min(clusters, units)
+        return Division(tiles, splits, (problem.experts - 1) // (units // splits) + 2)
+
+    def workspace_floats(self, problem: Fc2Problem, tactic: CuteTactic) -> int:
+        """float32 elements of the partial sums: one CTA tile per output tile and slot."""
+        if self.slots == 1:
+            return 0
+        return output_tiles(problem, tactic) * self.slots * CTA_ROWS * tactic.tile_n
 
 
 def _shapes(shapes: tuple[tuple[int, int], ...]) -> str:

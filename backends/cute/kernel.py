@@ -8,13 +8,13 @@
 - `mma_warp` (warp 4; in a CTA pair the leader's alone) accumulates all K tiles of one expert in one tensor memory
   stage and commits it once;
 - `epilogue_warps` (warps 0-3) fold each finished expert into a running sum, `sum += alpha * partial` in ascending
-  expert order, and store it once per work item.
+  expert order, and store it once per output tile.
 
 Producer and consumer of the accumulator count the same thing, experts. alpha never touches shared memory: each
 epilogue thread owns one row and holds the alpha of the current and of the next expert in registers.
 
-A work item is an output tile and a contiguous range of its experts. With `splits > 1` the ranges of a tile are summed
-in ascending order by whichever CTA finishes last, so results do not depend on timing.
+The experts of an output tile may be divided between clusters (split-K, stream-K: `Schedule`). Their fp32 sums are then
+added in ascending expert order by whichever CTA finishes last, so results do not depend on timing.
 """
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32"
 
 
 class Fc2Kernel:
-    """One instance per compiled kernel: everything but M, N, K, E and the split count is fixed at compile time.
+    """One instance per compiled kernel: everything but M, N, K, E and the division of the work is fixed at compile time.
 
     Args:
         tactic: tile, cluster and PDL choice; `budget.check_tactic` accepts it.
@@ -87,7 +87,9 @@ class Fc2Kernel:
         n: cutlass.Int32,
         k: cutlass.Int32,
         experts: cutlass.Int32,
+        group: cutlass.Int32,
         splits: cutlass.Int32,
+        slots: cutlass.Int32,
         max_clusters: cutlass.Int32,
         stream,
     ):
@@ -97,8 +99,8 @@ class Fc2Kernel:
             a, sfa: e2m1 [m, k] and its 128x4 scale factors; b, sfb: the same for [n, k].
             alpha: float32 [m, experts]. out: [m, n] of the output type.
             workspace: float32, `budget.workspace_floats`; counters: int32, `budget.output_tiles`, all zero before
-                and after. Both are read only where splits > 1.
-            splits: parts the experts of a tile are divided into, 1 .. experts.
+                and after. Both are used only where a tile is divided between parts.
+            group, splits, slots: the fields of `budget.Division`.
             max_clusters: clusters to launch at most.
         """
         k = cute.assume(k, 128)
@@ -157,13 +159,13 @@ class Fc2Kernel:
         self.storage = Storage
         m_tiles = cute.ceil_div(m, budget.CTA_ROWS * self.cluster[0])
         n_tiles = cute.ceil_div(n, self.mma_tile[1] * self.cluster[1])
-        clusters = cutlass.min(m_tiles * n_tiles * splits, max_clusters)
+        clusters = cutlass.min(m_tiles * n_tiles // group * splits, max_clusters)
         self.kernel(
             mma, mma_sfb, cluster_vmnk, cluster_sfb_vmnk,
             tma_a, tma_b, tma_sfa, tma_sfb, tma_out,
             smem_a, smem_b, smem_sfa, smem_sfb, smem_out,
             alpha, workspace, counters,
-            m, k // (experts * self.mma_tile[2]), experts, splits, m_tiles, n_tiles,
+            m, k // (experts * self.mma_tile[2]), experts, group, splits, slots, m_tiles, n_tiles,
         ).launch(
             grid=(*self.cluster[:2], clusters),
             block=(THREADS, 1, 1),
@@ -192,8 +194,8 @@ class Fc2Kernel:
         tma_out: cpasync.TmaInfo,
         smem_a: cute.ComposedLayout, smem_b: cute.ComposedLayout, smem_sfa: cute.Layout, smem_sfb: cute.Layout,
         smem_out: cute.ComposedLayout, alpha: cute.Pointer, workspace: cute.Pointer, counters: cute.Pointer,
-        m: cutlass.Int32, tiles_per_expert: cutlass.Int32, experts: cutlass.Int32, splits: cutlass.Int32,
-        m_tiles: cutlass.Int32, n_tiles: cutlass.Int32,
+        m: cutlass.Int32, tiles_per_expert: cutlass.Int32, experts: cutlass.Int32, group: cutlass.Int32,
+        splits: cutlass.Int32, slots: cutlass.Int32, m_tiles: cutlass.Int32, n_tiles: cutlass.Int32,
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         # The grid's x and y are the cluster's. Taken from the block index, roles are uniform to the compiler; taken
@@ -244,7 +246,7 @@ class Fc2Kernel:
             cute.arch.griddepcontrol_wait()
 
         work = Schedule(
-            m_tiles, n_tiles, splits, experts, coord[1], coord[2],
+            m_tiles, n_tiles, experts, group, splits, coord[1], coord[2],
             self.cluster[0] // self.pair_size, self.cluster[1],
         )
         if warp == TMA_WARP:
@@ -259,7 +261,8 @@ class Fc2Kernel:
         if warp < MMA_WARP:
             out_staging = smem.out.get_tensor(smem_out.outer, swizzle=smem_out.inner)
             self.epilogue_warps(
-                acc, work, mma, coord[0], tmem, alpha, m, tma_out, out_staging, workspace, counters, smem.is_last.ptr
+                acc, work, mma, coord[0], tmem, alpha, m, tma_out, out_staging, workspace, slots, counters,
+                smem.is_last.ptr,
             )
 
         # No CTA may leave, or free tensor memory, while its cluster can still signal or read it.
@@ -279,33 +282,35 @@ class Fc2Kernel:
         self, ab, work, tiles_per_expert, mma, mma_sfb, cluster_vmnk, cluster_sfb_vmnk, coord, coord_sfb, stage,
         tma_a, tma_b, tma_sfa, tma_sfb,
     ):
-        """Keep the ring of A, B and scale factor stages full, K tile after K tile of each item's experts."""
+        """Keep the ring of A, B and scale factor stages full, K tile after K tile."""
         tile_m, tile_n, tile_k = self.mma_tile
-        part, part_sfb = mma.get_slice(coord[0]), mma_sfb.get_slice(0)
+        mine, mine_sfb = mma.get_slice(coord[0]), mma_sfb.get_slice(0)
         # A is shared along the cluster's N, B along its M. Multicast divides the load among those who share it.
-        a = self._load(tma_a, part.partition_A, (tile_m, tile_k), stage[0], cluster_vmnk, coord, mode=2)
-        b = self._load(tma_b, part.partition_B, (tile_n, tile_k), stage[1], cluster_vmnk, coord, mode=1)
-        sfa = self._load(tma_sfa, part.partition_A, (tile_m, tile_k), stage[2], cluster_vmnk, coord, mode=2)
+        a = self._load(tma_a, mine.partition_A, (tile_m, tile_k), stage[0], cluster_vmnk, coord, mode=2)
+        b = self._load(tma_b, mine.partition_B, (tile_n, tile_k), stage[1], cluster_vmnk, coord, mode=1)
+        sfa = self._load(tma_sfa, mine.partition_A, (tile_m, tile_k), stage[2], cluster_vmnk, coord, mode=2)
         sfb = self._load(
-            tma_sfb, part_sfb.partition_B, (self.sfb_tile[0], tile_k), stage[3], cluster_sfb_vmnk, coord_sfb, mode=1
+            tma_sfb, mine_sfb.partition_B, (self.sfb_tile[0], tile_k), stage[3], cluster_sfb_vmnk, coord_sfb, mode=1
         )
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.budget.ab_stages)
-        first_item, end, stride = work.items
-        for item in cutlass.range(first_item, end, stride, unroll=1):
-            tile_row, tile_column, first, last, _ = work.at(item)
-            # The 128-row scale tile of B covers two N tiles of 64.
-            scale_column = tile_column * tile_n // self.sfb_tile[0]
-            for k_tile in cutlass.range(first * tiles_per_expert, last * tiles_per_expert, unroll=1):
-                ab.producer_acquire(state)
-                barrier = ab.producer_get_barrier(state)
-                for (atom, source, target, mask), row in (
-                    (a, tile_row), (b, tile_column), (sfa, tile_row), (sfb, scale_column)
-                ):
-                    cute.copy(
-                        atom, source[None, row, k_tile], target[None, state.index],
-                        tma_bar_ptr=barrier, mcast_mask=mask,
-                    )
-                state.advance()
+        first_part, parts, turn = work.turns
+        for part in cutlass.range(first_part, parts, turn, unroll=1):
+            first_tile, end_tile = work.tiles(part)
+            for tile in cutlass.range(first_tile, end_tile, unroll=1):
+                tile_row, tile_column, first, last = work.at(tile, part)
+                # The 128-row scale tile of B covers two N tiles of 64.
+                scale_column = tile_column * tile_n // self.sfb_tile[0]
+                for k_tile in cutlass.range(first * tiles_per_expert, last * tiles_per_expert, unroll=1):
+                    ab.producer_acquire(state)
+                    barrier = ab.producer_get_barrier(state)
+                    for (atom, source, target, mask), row in (
+                        (a, tile_row), (b, tile_column), (sfa, tile_row), (sfb, scale_column)
+                    ):
+                        cute.copy(
+                            atom, source[None, row, k_tile], target[None, state.index],
+                            tma_bar_ptr=barrier, mcast_mask=mask,
+                        )
+                    state.advance()
         ab.producer_tail(state)
 
     def _load(self, tma, partition, tile, target, cluster, coord, mode: int):
@@ -340,29 +345,31 @@ class Fc2Kernel:
 
         full = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.budget.ab_stages)
         empty = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.budget.acc_stages)
-        first_item, end, stride = work.items
-        for item in cutlass.range(first_item, end, stride, unroll=1):
-            _, tile_column, first, last, _ = work.at(item)
-            sfb = sfb_tmem
-            if cutlass.const_expr(self.mma_tile[1] == 64):
-                # 32 rows a column: the second N tile of a scale tile starts two columns on.
-                column = self.budget.sfb_column + tile_column % 2 * 2
-                sfb = cute.make_tensor(cute.recast_ptr(tmem + column, dtype=SCALE), sfb_layout)
-            for _ in cutlass.range(first, last, unroll=1):
-                acc.producer_acquire(empty)
-                accumulator = accumulators[None, None, None, empty.index]
-                for k_tile in cutlass.range(tiles_per_expert, unroll=1):
-                    ab.consumer_wait(full)
-                    at = (None, None, None, None, full.index)
-                    cute.copy(copy_sfa, sfa_source[at], sfa_target)
-                    cute.copy(copy_sfb, sfb_source[at], sfb_target)
-                    mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
-                    at = (None, None, None, full.index)
-                    cute.gemm(mma, accumulator, [a[at], sfa_tmem], [b[at], sfb], accumulator)
-                    ab.consumer_release(full)
-                    full.advance()
-                acc.producer_commit(empty)
-                empty.advance()
+        first_part, parts, turn = work.turns
+        for part in cutlass.range(first_part, parts, turn, unroll=1):
+            first_tile, end_tile = work.tiles(part)
+            for tile in cutlass.range(first_tile, end_tile, unroll=1):
+                _, tile_column, first, last = work.at(tile, part)
+                sfb = sfb_tmem
+                if cutlass.const_expr(self.mma_tile[1] == 64):
+                    # 32 rows a column: the second N tile of a scale tile starts two columns on.
+                    column = self.budget.sfb_column + tile_column % 2 * 2
+                    sfb = cute.make_tensor(cute.recast_ptr(tmem + column, dtype=SCALE), sfb_layout)
+                for _ in cutlass.range(first, last, unroll=1):
+                    acc.producer_acquire(empty)
+                    accumulator = accumulators[None, None, None, empty.index]
+                    for k_tile in cutlass.range(tiles_per_expert, unroll=1):
+                        ab.consumer_wait(full)
+                        at = (None, None, None, None, full.index)
+                        cute.copy(copy_sfa, sfa_source[at], sfa_target)
+                        cute.copy(copy_sfb, sfb_source[at], sfb_target)
+                        mma.set(tcgen05.Field.ACCUMULATE, k_tile != 0)
+                        at = (None, None, None, full.index)
+                        cute.gemm(mma, accumulator, [a[at], sfa_tmem], [b[at], sfb], accumulator)
+                        ab.consumer_release(full)
+                        full.advance()
+                    acc.producer_commit(empty)
+                    empty.advance()
 
     def _accumulators(self, mma: cute.TiledMma, tmem: cute.Pointer) -> cute.Tensor:
         shape = cute.append(mma.partition_shape_C(self.mma_tile[:2]), self.budget.acc_stages)
@@ -379,9 +386,9 @@ class Fc2Kernel:
 
     @cute.jit
     def epilogue_warps(
-        self, acc, work, mma, pair_rank, tmem, alpha, m, tma_out, staging, workspace, counters, is_last
+        self, acc, work, mma, pair_rank, tmem, alpha, m, tma_out, staging, workspace, slots, counters, is_last
     ):
-        """Sum `alpha * partial` over each item's experts in ascending order; store, or add up the splits first."""
+        """Sum `alpha * partial` over experts in ascending order; store, or add up the tile's splits first."""
         thread = cute.arch.thread_idx()[0]
         # Thread t owns lane t: one row of the CTA's tile, in sub-tiles of `SUBTILE` columns.
         read, source = self._row_copy(tcgen05.Ld32x32bOp, self._accumulators(mma, tmem), thread)
@@ -390,52 +397,55 @@ class Fc2Kernel:
         store = self._stores(tma_out, staging)
 
         full = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.budget.acc_stages)
-        first_item, end, stride = work.items
-        for item in cutlass.range(first_item, end, stride, unroll=1):
-            tile_row, tile_column, first, last, split = work.at(item)
-            cta_row = tile_row * self.pair_size + pair_rank
-            row = cta_row * budget.CTA_ROWS + thread
-            has_row = row < m
-            weights = alpha + cutlass.Int64(row) * work.experts
-            ahead = cutlass.Float32(0.0)
-            if has_row:
-                ahead = cute.arch.load(weights + first, cutlass.Float32)
-            total.clear()
-            for expert in cutlass.range(first, last, unroll=1):
-                weight = ahead
-                if has_row and expert + 1 < last:
-                    ahead = cute.arch.load(weights + expert + 1, cutlass.Float32)
-                acc.consumer_wait(full)
-                cute.copy(read, source[None, None, None, 0, 0, full.index], partial[0])
-                total.prefetch(0)
-                for j in cutlass.range_constexpr(self.subtiles):
-                    cute.arch.fence_view_async_tmem_load()
-                    if cutlass.const_expr(j + 1 < self.subtiles):
-                        cute.copy(read, source[None, None, None, 0, j + 1, full.index], partial[(j + 1) % 2])
-                        total.prefetch(j + 1)
-                    else:
-                        # The last read has landed in all lanes: hand the stage back before the arithmetic.
-                        with cute.arch.elect_one():
-                            acc.consumer_release(full)
-                    total.add(j, weight, partial[j % 2])
-                total.flush()
-                full.advance()
+        first_part, parts, turn = work.turns
+        for part in cutlass.range(first_part, parts, turn, unroll=1):
+            first_tile, end_tile = work.tiles(part)
+            for tile in cutlass.range(first_tile, end_tile, unroll=1):
+                tile_row, tile_column, first, last = work.at(tile, part)
+                split, splits = work.split(tile, part)
+                cta_row = tile_row * self.pair_size + pair_rank
+                row = cta_row * budget.CTA_ROWS + thread
+                has_row = row < m
+                weights = alpha + cutlass.Int64(row) * work.experts
+                ahead = cutlass.Float32(0.0)
+                if has_row:
+                    ahead = cute.arch.load(weights + first, cutlass.Float32)
+                total.clear()
+                for expert in cutlass.range(first, last, unroll=1):
+                    weight = ahead
+                    if has_row and expert + 1 < last:
+                        ahead = cute.arch.load(weights + expert + 1, cutlass.Float32)
+                    acc.consumer_wait(full)
+                    cute.copy(read, source[None, None, None, 0, 0, full.index], partial[0])
+                    total.prefetch(0)
+                    for j in cutlass.range_constexpr(self.subtiles):
+                        cute.arch.fence_view_async_tmem_load()
+                        if cutlass.const_expr(j + 1 < self.subtiles):
+                            cute.copy(read, source[None, None, None, 0, j + 1, full.index], partial[(j + 1) % 2])
+                            total.prefetch(j + 1)
+                        else:
+                            # The last read has landed in all lanes: hand the stage back before the arithmetic.
+                            with cute.arch.elect_one():
+                                acc.consumer_release(full)
+                        total.add(j, weight, partial[j % 2])
+                    total.flush()
+                    full.advance()
 
-            if work.splits == 1:
-                for j in cutlass.range_constexpr(self.subtiles):
-                    self._store(
-                        store, cta_row, tile_column * self.store_blocks + j // self.store_subtiles,
-                        j % self.store_subtiles, total.read(j),
-                    )
-            else:
-                slot = tile_column * (work.m_tiles * self.cluster[0]) + cta_row
-                slices = workspace + cutlass.Int64(slot * work.splits) * (budget.CTA_ROWS * self.mma_tile[1])
-                for j in cutlass.range_constexpr(self.subtiles):
-                    values = total.read(j)
-                    if has_row:
-                        cute.autovec_copy(values, self._slice(slices, split, j, thread))
-                if self._is_last_arriver(counters + slot, work.splits, is_last, thread):
-                    self._sum_splits(store, cta_row, tile_column, slices, work.splits, thread, has_row)
+                if splits == 1:
+                    for j in cutlass.range_constexpr(self.subtiles):
+                        self._store(
+                            store, cta_row, tile_column * self.store_blocks + j // self.store_subtiles,
+                            j % self.store_subtiles, total.read(j),
+                        )
+                else:
+                    slot = tile_column * (work.m_tiles * self.cluster[0]) + cta_row
+                    slices = workspace + cutlass.Int64(slot * slots) * (budget.CTA_ROWS * self.mma_tile[1])
+                    for j in cutlass.range_constexpr(self.subtiles):
+                        values = total.read(j)
+                        if has_row:
+                            cute.autovec_copy(values, self._slice(slices, split, j, thread))
+                    if self._is_last_arriver(counters + slot, splits, is_last, thread):
+                        self._sum_splits(store, cta_row, tile_column, slices, splits, thread, has_row)
 
     def _row_copy(self, op, columns: cute.Tensor, thread):
         """(copy, the thread's part by sub-tile and stage) between its row of tensor memory and registers."""
@@ -590,38 +600,58 @@ def multiply_add(total: cute.Tensor, weight: cutlass.Float32, partial: cute.Tens
 
 @dataclass(frozen=True)
 class Schedule:
-    """The persistent loop over work items: clusters take them in turn.
+    """The persistent loop: which experts of which output tiles a cluster computes.
 
-    An item is one cluster's worth of output tiles and one split of the experts. Items run along M first, so that
-    clusters which run at the same time share B, then along N, then along the splits.
+    The (tile, expert) units of every `group` tiles, tile by tile and along M first, are cut into `splits` equal parts,
+    to within one unit; clusters take the parts in turn. Groups of one tile are split-K. One group of all tiles, with as
+    many parts as clusters run, is stream-K: parts cross tiles, and every SM gets the same work.
 
     Attributes:
         m_tiles, n_tiles: output in units of clusters.
-        splits, experts: as in `Fc2Kernel.__call__`.
+        experts, group, splits: as in `Fc2Kernel.__call__`.
         row, column: this CTA's MMA tile within the cluster.
         rows, columns: MMA tiles of a cluster.
     """
 
     m_tiles: cutlass.Int32
     n_tiles: cutlass.Int32
-    splits: cutlass.Int32
     experts: cutlass.Int32
+    group: cutlass.Int32
+    splits: cutlass.Int32
     row: cutlass.Int32
     column: cutlass.Int32
     rows: int
     columns: int
 
     @property
-    def items(self) -> tuple[cutlass.Int32, cutlass.Int32, cutlass.Int32]:
-        """(first, end, stride) of this cluster's items."""
-        return cute.arch.block_idx()[2], self.m_tiles * self.n_tiles * self.splits, cute.arch.grid_dim()[2]
+    def turns(self) -> tuple[cutlass.Int32, cutlass.Int32, cutlass.Int32]:
+        """(first, end, stride) of this cluster's parts."""
+        parts = self.m_tiles * self.n_tiles // self.group * self.splits
+        return cute.arch.block_idx()[2], parts, cute.arch.grid_dim()[2]
 
-    def at(self, item):
-        """(MMA tile row, MMA tile column, first expert, end of experts, split) of this CTA in an item."""
-        tiles = self.m_tiles * self.n_tiles
-        tile, split = item % tiles, item // tiles
-        # Any split count up to E divides the experts evenly, to within one.
-        first, last = split * self.experts // self.splits, (split + 1) * self.experts // self.splits
+    def tiles(self, part) -> tuple[cutlass.Int32, cutlass.Int32]:
+        """(first, end) of the tiles a part touches."""
+        return self._begin(part) // self.experts, cute.ceil_div(self._begin(part + 1), self.experts)
+
+    def at(self, tile, part):
+        """(MMA tile row, MMA tile column, first expert, end of experts) of this CTA in a part's tile."""
+        first = cutlass.max(self._begin(part) - tile * self.experts, 0)
+        last = cutlass.min(self._begin(part + 1) - tile * self.experts, self.experts)
         row = tile % self.m_tiles * self.rows + self.row
         column = tile // self.m_tiles * self.columns + self.column
-        return row, column, first, last, split
+        return row, column, first, last
+
+    def split(self, tile, part) -> tuple[cutlass.Int32, cutlass.Int32]:
+        """(which, of how many) parts the tile's experts are divided into."""
+        first, last = self._part(tile * self.experts), self._part((tile + 1) * self.experts - 1)
+        return part - first, last - first + 1
+
+    def _begin(self, part) -> cutlass.Int32:
+        """The unit a part begins with."""
+        units = self.group * self.experts
+        return part // self.splits * units + part % self.splits * units // self.splits
+
+    def _part(self, unit) -> cutlass.Int32:
+        """The last part that begins at the unit or before."""
+        units = self.group * self.experts
+        return unit // units * self.splits + ((unit % units + 1) * self.splits - 1) // units
