@@ -42,8 +42,8 @@ def fc2(
         backend: "auto", or the name of one of `backends()`. A named backend runs or raises; it is never replaced.
         out_dtype: bfloat16, float16 or float32.
         out: optional [M, N] of `out_dtype`, contiguous; it is written and returned.
-        tactic: a tactic of one backend, to run exactly that; or some of its fields, as a mapping or text such as
-            "cute(tile_n=64)", to choose among the tactics that have these.
+        tactic: a tactic of one backend, to run exactly that; or some of its fields, such as
+            {"backend": "cute", "tile_n": 64}, to choose among the tactics that have these.
 
     Returns:
         [M, N] on the operands' device.

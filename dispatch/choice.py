@@ -50,28 +50,38 @@ class Pin:
     values: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, tactic: Union[Tactic, Pin, Mapping[str, Any], str]) -> Pin:
-        """From a tactic, from a mapping of fields (with "backend" or without) or from text.
-
-        Text is what `str(tactic)` prints, in whole or in part: "cute(tile_m=128,tile_n=64)", "cute" or "split_k=2".
-
-        Raises:
-            ArgumentTypeError: something else.
-            ArgumentError: text that does not parse.
-        """
+    def of(cls, tactic: Union[Tactic, Pin, Mapping[str, Any]]) -> Pin:
+        """From a tactic, or a mapping of some of its fields, with "backend" or without. Raises ArgumentTypeError."""
         if isinstance(tactic, Pin):
             return tactic
         if isinstance(tactic, Tactic):
             tactic = tactic.to_json()
-        if isinstance(tactic, str):
-            tactic = _parse(tactic)
         if not isinstance(tactic, Mapping):
             raise ArgumentTypeError(
-                f"tactic is {type(tactic).__name__}; it takes a Tactic, a mapping of some of its fields, or text such as "
-                "'cute(tile_n=64)'"
+                f"tactic is {type(tactic).__name__}; it takes a Tactic, or a mapping of some fields of one such as "
+                "{'backend': 'cute', 'tile_n': 64}"
             )
         values = dict(tactic)
         return cls(str(values.pop("backend", "")), tuple(values.items()))
+
+    @classmethod
+    def parse(cls, text: str) -> Pin:
+        """From what `str(tactic)` prints, in whole or in part: "cute(tile_m=128,tile_n=64)", "cute" or "split_k=2".
+
+        Raises:
+            ArgumentError: the text is something else.
+        """
+        match = re.fullmatch(r"\s*(?:([A-Za-z_]\w*)\s*(?:\((.*)\))?|(.*=.*))\s*", text, re.DOTALL)
+        if match is None:
+            raise ArgumentError(f"tactic is {text!r}; it takes text such as 'cute(tile_m=128,tile_n=64)' or 'split_k=2'")
+        values = []
+        for item in filter(None, (part.strip() for part in (match[2] or match[3] or "").split(","))):
+            name, equals, value = (part.strip() for part in item.partition("="))
+            if not equals or not name.isidentifier():
+                raise ArgumentError(f"tactic is {text!r}; {item!r} in it is not 'field=value'")
+            number = int(value) if re.fullmatch(r"-?\d+", value) else value
+            values.append((name, {"true": True, "false": False}.get(value.lower(), number)))
+        return cls(match[1] or "", tuple(values))
 
     def to_json(self) -> dict[str, Any]:
         return {"backend": self.backend, **dict(self.values)} if self.backend else dict(self.values)
@@ -89,7 +99,7 @@ class Pin:
 
 
 #: What `tactic=` takes.
-TacticLike = Union[None, Tactic, Pin, Mapping[str, Any], str]
+TacticLike = Union[None, Tactic, Pin, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -351,7 +361,7 @@ def _candidates(
     if not found[default].incumbent:
         found[default] = replace(found[default], incumbent="default")
     known = rule is not None or any(_assess(backend, t, evidence, pin is not None).evidence for t in timed)
-    if complete or (not known and evidence.model is not None) or all(c.rejected for c in found.values()):
+    if complete or (not known and evidence.model is not None and evidence.model.knows(backend.name)) or all(c.rejected for c in found.values()):
         consider(backend.tactics(problem))
     consider(timed)
     return list(found.values())
@@ -455,19 +465,3 @@ def _origin(estimate: Estimate) -> str:
 
 def _us(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us"
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """The mapping that text names; see `Pin.of`."""
-    match = re.fullmatch(r"\s*(?:([A-Za-z_]\w*)\s*(?:\((.*)\))?|(.*=.*))\s*", text, re.DOTALL)
-    if match is None:
-        raise ArgumentError(f"tactic is {text!r}; it takes text such as 'cute(tile_m=128,tile_n=64)' or 'split_k=2'")
-    record: dict[str, Any] = {"backend": match[1]} if match[1] else {}
-    for item in filter(None, (part.strip() for part in (match[2] or match[3] or "").split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not name.isidentifier():
-            raise ArgumentError(f"tactic is {text!r}; {item!r} in it is not 'field=value'")
-        record[name] = {"true": True, "false": False}.get(value.lower(), value)
-        if re.fullmatch(r"-?\d+", value):
-            record[name] = int(value)
-    return record

@@ -30,7 +30,7 @@ class Settings:
 
     Attributes:
         backend: FC2_BACKEND, for calls with backend="auto" and no tactic; "auto" if unset.
-        tactic: FC2_TACTIC, for the same calls, as `choice.Pin.of` takes text; "" if unset.
+        tactic: FC2_TACTIC, for the same calls, as `choice.Pin.parse` takes it; "" if unset.
         cache_dir: FC2_CACHE_DIR, where tuned tables are kept; default ~/.cache/fc2-dispatch.
         log: FC2_LOG is 1: each new decision is logged once.
     """

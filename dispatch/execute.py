@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import NamedTuple, Optional
 
 import torch
@@ -13,7 +14,7 @@ from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.arguments import check_operands, check_out, check_overlap
-from dispatch.choice import Decision, TacticLike, choose
+from dispatch.choice import Decision, Pin, TacticLike, choose
 from dispatch.environment import log, settings
 from dispatch.errors import Fc2Error, NotCompiledError, PerformanceWarning
 from dispatch.store import measured_for
@@ -79,14 +80,47 @@ def _key(
     out: Optional[torch.Tensor],
     tactic: TacticLike,
 ) -> tuple:
-    a_data, a_scale, b_scale = a.data, a.global_scale, b.global_scale
+    a_data, a_scale = a.data, a.global_scale
     return (
-        (type(a), a_data.shape, a.layout, a_data.device, a_scale.numel() if isinstance(a_scale, torch.Tensor) else None),
-        (type(b), b.shape, b.layout, b.data.device, b_scale.numel() if isinstance(b_scale, torch.Tensor) else None),
-        (alpha.shape, alpha.stride(), alpha.dtype, alpha.device, alpha.requires_grad and torch.is_grad_enabled()),
-        (backend, tactic, out_dtype, registry.generation),
+        type(a),
+        a_data.shape,
+        a_data.device,
+        a.layout,
+        a_scale.numel() if isinstance(a_scale, torch.Tensor) else None,
+        _weights_kind(b),
+        alpha.shape,
+        alpha.stride(),
+        alpha.dtype,
+        alpha.device,
+        alpha.requires_grad and torch.is_grad_enabled(),
+        backend,
+        tactic,
+        out_dtype,
+        registry.generation,
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
     )
+
+
+# Weights live long, so what a plan depends on is taken from each operand once: by identity, with a reference that tells
+# whether the object of that identity is still the same.
+_weights: dict[int, tuple[weakref.ref, tuple]] = {}
+
+
+def _weights_kind(b: Operand) -> tuple:
+    known = _weights.get(id(b))
+    if known is not None and known[0]() is b:
+        return known[1]
+    scale = b.global_scale
+    kind = (type(b), b.shape, b.layout, b.data.device, scale.numel() if isinstance(scale, torch.Tensor) else None)
+    identity = id(b)
+    _weights[identity] = (weakref.ref(b, lambda reference: _forget_weights(identity, reference)), kind)
+    return kind
+
+
+def _forget_weights(identity: int, reference: weakref.ref) -> None:
+    known = _weights.get(identity)
+    if known is not None and known[0] is reference:
+        del _weights[identity]
 
 
 def fold_scales(alpha: torch.Tensor, a: Nvfp4Tensor, b: Operand) -> torch.Tensor:
@@ -127,7 +161,8 @@ def decide(
         return choose(problem, device, measured_for(device), backend, tactic)
     wanted = settings()
     try:
-        return choose(problem, device, measured_for(device), wanted.backend, wanted.tactic or None)
+        pin = Pin.parse(wanted.tactic) if wanted.tactic else None
+        return choose(problem, device, measured_for(device), wanted.backend, pin)
     except Fc2Error as error:
         if wanted.backend == "auto" and not wanted.tactic:
             raise

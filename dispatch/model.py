@@ -111,6 +111,10 @@ class Model:
         memory, compute = self.ideal(work)
         return family.fixed + max(memory / family.memory, compute / efficiency)
 
+    def knows(self, backend: str) -> bool:
+        """Whether any tactic of the backend has constants."""
+        return any(name.partition("/")[0] == backend for name in self.families)
+
     def ideal(self, work: Work) -> tuple[float, float]:
         """Seconds of memory traffic and of arithmetic at full rate."""
         return work.bytes / self.bandwidth, work.flops * work.wave_factor / self.rate
