@@ -37,7 +37,13 @@ Report = Callable[[str, float], None]
 
 @dataclass
 class _Entry:
-    """A contestant while it is being measured: one launch, and one output, per input set."""
+    """A contestant while it is being measured.
+
+    Attributes:
+        launches, outs: a call and its output for every input set.
+        estimate: seconds of a call, about.
+        calls: calls in one sample of the runner.
+    """
 
     contestant: Contestant
     problem: Fc2Problem
@@ -45,6 +51,7 @@ class _Entry:
     outs: list[torch.Tensor]
     estimate: float = 0.0
     runner: Optional[Runner] = None
+    calls: int = 1
     clocks: Optional[Clocks] = None
 
 
@@ -210,8 +217,10 @@ class _Stage:
         by_label = {entry.contestant.label: entry for entry in entries}
         with KernelTrace() if self.method == "cupti" else contextlib.nullcontext() as trace:
             for entry in entries:
-                entry.runner = make_runner(self.method, entry.launches, device, entry.estimate, self.flush, trace)
-            a_round = sum(entry.estimate * _calls_of_a_sample(entry.runner) for entry in entries)
+                entry.runner, entry.calls = make_runner(
+                    self.method, entry.launches, device, entry.estimate, self.flush, trace
+                )
+            a_round = sum(entry.estimate * entry.calls for entry in entries)
             rounds = min(options.iterations, max(LEAST_ITERATIONS, int(options.budget / max(a_round, 1e-9))))
             warmup = min(options.warmup, rounds)
             total = rounds * max(1, len(entries))
@@ -262,7 +271,7 @@ class _Stage:
             timer=runner.method,
             l2="uncontrolled" if self.info.type != "cuda" else ("cold" if self.options.cold else "warm"),
             warmup=warmup,
-            iterations=len(seconds) * (1 if runner.method != "graph" else _calls_of_a_sample(runner)),
+            iterations=len(seconds) * entry.calls,
             time=summarize([second * 1e6 for second in seconds]),
             busy_us=summarize([b * 1e6 for b in busy[-len(seconds):]]).median if busy else None,
             error_over_bar=found.over_bar,
@@ -273,10 +282,6 @@ class _Stage:
             auto=entry.contestant.auto,
             clocks=entry.clocks,
         )
-
-
-def _calls_of_a_sample(runner: Runner) -> int:
-    return getattr(runner, "calls", 1)
 
 
 def _first_runs(launches: Sequence[Callable[[], None]]) -> float:

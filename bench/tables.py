@@ -5,10 +5,11 @@ from typing import Sequence
 
 from tabulate import tabulate
 
+from bench.peers import published
 from bench.records import Results, Row, competitors, fastest, regrets
 
 HEADERS = ("", "backend and tactic", "us", "p10", "p90", "x torch", "TFLOPS", "GB/s", "% floor", "error", "notes")
-_LEFT = ("", "backend and tactic", "notes")
+TEXT_COLUMNS = ("", "backend and tactic", "notes")
 
 LEGEND = """\
 us: median of a call; p10, p90: the middle 80% of the samples. x torch: how much faster than the faster torch row.
@@ -18,8 +19,12 @@ go for this alpha. error: largest |out - ref| over the accuracy bar, against flo
 * fastest right result; auto: what backend="auto" takes, with its regret; prepared: weights permuted once by prepare()."""
 
 
-def render(results: Results, style: str = "simple") -> str:
-    """Everything a reader of a terminal needs; `style` is tabulate's: "simple", "github" for Markdown.
+def render(results: Results, style: str = "simple", with_published: bool = False) -> str:
+    """Everything a reader of a terminal needs.
+
+    Args:
+        style: tabulate's: "simple", "github" for Markdown.
+        with_published: append the published B200 times of the same shape and M.
 
     Returns:
         a paragraph on where it was measured, the tables, who was absent and why, and the legend.
@@ -28,14 +33,15 @@ def render(results: Results, style: str = "simple") -> str:
     regret = regrets(results.rows)
     for rows in competitors(results.rows).values():
         title = f"### {caption(rows[0])}" if style == "github" else caption(rows[0])
-        cells = [_cells(row, rows, regret) for row in rows]
-        shown = [column for column in range(len(HEADERS)) if any(line[column] for line in cells)]
+        lines = [cells(row, rows, regret) for row in rows]
+        lines += _published_cells(rows[0]) if with_published else []
+        shown = [column for column in range(len(HEADERS)) if any(line[column] for line in lines)]
         table = tabulate(
-            [[line[column] for column in shown] for line in cells],
+            [[line[column] for column in shown] for line in lines],
             [HEADERS[column] for column in shown],
             tablefmt=style,
             disable_numparse=True,
-            colalign=["left" if HEADERS[column] in _LEFT else "right" for column in shown],
+            colalign=["left" if HEADERS[column] in TEXT_COLUMNS else "right" for column in shown],
         )
         parts.append(f"{title}\n\n{table}")
     if results.absent:
@@ -44,7 +50,7 @@ def render(results: Results, style: str = "simple") -> str:
     if results.interrupted:
         parts.append("Interrupted: the tables hold what had been measured by then.")
     if results.rows:
-        parts.append(LEGEND)
+        parts.append(f"```\n{LEGEND}\n```" if style == "github" else LEGEND)
     return "\n\n".join(parts)
 
 
@@ -76,7 +82,7 @@ def caption(row: Row) -> str:
     return f"{text}; {row.timer}{l2}, {row.iterations} iterations"
 
 
-def _cells(row: Row, rows: Sequence[Row], regret: dict[tuple, float]) -> list[str]:
+def cells(row: Row, rows: Sequence[Row], regret: dict[tuple, float]) -> list[str]:
     torch_time = min((r.time.median for r in rows if r.tactic["backend"] == "torch"), default=None)
     best = fastest(rows)
     return [
@@ -86,12 +92,23 @@ def _cells(row: Row, rows: Sequence[Row], regret: dict[tuple, float]) -> list[st
         f"{row.time.p10:.1f}",
         f"{row.time.p90:.1f}",
         "" if torch_time is None else f"{torch_time / row.time.median:.2f}",
-        _digits(row.tflops),
-        _digits(row.gbps),
-        "" if row.percent_of_floor is None else _digits(row.percent_of_floor),
-        _digits(row.error_over_bar),
+        digits(row.tflops),
+        digits(row.gbps),
+        "" if row.percent_of_floor is None else digits(row.percent_of_floor),
+        digits(row.error_over_bar),
         notes(row, rows[0], regret),
     ]
+
+
+def _published_cells(row: Row) -> list[list[str]]:
+    """Lines for the published times of this problem: a time and what follows from it alone."""
+    p = row.problem
+    lines = []
+    for peer in published(p.n, p.k, p.experts):
+        if p.m in peer.us:
+            us = peer.us[p.m]
+            lines.append(["", peer.name, f"{us:.1f}", *[""] * 3, digits(p.flops / us / 1e6), *[""] * 3, f"{peer.gpu}, not measured here"])
+    return lines
 
 
 def notes(row: Row, first: Row, regret: dict[tuple, float]) -> str:
@@ -110,7 +127,7 @@ def notes(row: Row, first: Row, regret: dict[tuple, float]) -> str:
     return "; ".join(found)
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, without an exponent where that is readable."""
     if value != value or value in (float("inf"), float("-inf")):
         return "inf"

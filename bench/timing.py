@@ -94,8 +94,10 @@ def make_runner(
     estimate: float,
     flush: Optional[Flush],
     trace: Optional[KernelTrace],
-) -> Runner:
-    """A runner of the method; calls that a CUDA graph cannot capture are timed with events instead.
+) -> tuple[Runner, int]:
+    """A runner of the method, and the calls in one of its samples.
+
+    Calls that a CUDA graph cannot capture are timed with events instead.
 
     Args:
         launches: the same work on different memory, taken in turn; each has run before.
@@ -104,14 +106,14 @@ def make_runner(
         trace: the entered trace that method "cupti" needs.
     """
     if method == "host":
-        return HostRunner(launches)
+        return HostRunner(launches), 1
     if method == "events":
-        return EventRunner(launches, flush)
+        return EventRunner(launches, flush), 1
     try:
         if method == "cupti":
-            return CuptiRunner(launches, trace, flush)
+            return CuptiRunner(launches, trace, flush), 1
         rounds = 1 if estimate > LONG_CALL_SECONDS else -(-GRAPH_CALLS // len(launches))
-        return GraphRunner(list(launches) * rounds, device)
+        return GraphRunner(list(launches) * rounds, device), rounds * len(launches)
     except (RuntimeError, torch.AcceleratorError):  # it synchronizes or copies from pageable memory
         torch.cuda.synchronize()
-        return EventRunner(launches, flush)
+        return EventRunner(launches, flush), 1
