@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any, Iterable, Mapping, Optional, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from backends import registry
 from backends.device import DeviceInfo
@@ -410,6 +410,17 @@ def _best_known(possible: list[Candidate], evidence: Evidence) -> list[Candidate
         return between
     near = [c for c in possible if c.evidence]
     return near or [c for c in possible if c.estimate]
+
+
+def pick_among(tactics: Sequence[Tactic], evidence: Evidence) -> Tactic:
+    """What the evidence alone makes of tactics that can all run, without rules and incumbents; the first on a tie."""
+    best: Optional[Candidate] = None
+    for name in dict.fromkeys(tactic.backend for tactic in tactics):
+        own = [Candidate(name, tactic, evidence.estimate(tactic)) for tactic in tactics if tactic.backend == name]
+        taken = _fastest(_best_known(own, evidence), None) or own[0]
+        if best is None or _beats(taken, best):
+            best = taken
+    return best.tactic
 
 
 def _fastest(pool: list[Candidate], incumbent: Optional[Candidate]) -> Optional[Candidate]:
