@@ -9,6 +9,7 @@ Layouts (the names TensorRT-LLM, FlashInfer and PyTorch use for them):
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Literal, Optional, Union
 
@@ -128,6 +129,11 @@ class Nvfp4Tensor:
     def device(self) -> torch.device:
         return self.data.device
 
+    @functools.cached_property
+    def kind(self) -> tuple:
+        """All of the operand that a decision may depend on, hashable; taken once, since calls look it up by this."""
+        return _kind(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of data and scale factors."""
@@ -228,6 +234,11 @@ class PreparedOperand:
     def device(self) -> torch.device:
         return self.data.device
 
+    @functools.cached_property
+    def kind(self) -> tuple:
+        """As of `Nvfp4Tensor`."""
+        return _kind(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of data and scale factors, padding included."""
@@ -235,6 +246,11 @@ class PreparedOperand:
 
     def __repr__(self) -> str:
         return f"PreparedOperand(shape={list(self.shape)}, layout={self.layout!r}, device={str(self.device)!r})"
+
+
+def _kind(operand: Nvfp4Tensor | PreparedOperand) -> tuple:
+    scales = operand.global_scale.numel() if isinstance(operand.global_scale, torch.Tensor) else None
+    return (type(operand), operand.shape, operand.layout, operand.device, scales)
 
 
 def _byte_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import NamedTuple, Optional
 
 import torch
@@ -80,14 +79,9 @@ def _key(
     out: Optional[torch.Tensor],
     tactic: TacticLike,
 ) -> tuple:
-    a_data, a_scale = a.data, a.global_scale
     return (
-        type(a),
-        a_data.shape,
-        a_data.device,
-        a.layout,
-        a_scale.numel() if isinstance(a_scale, torch.Tensor) else None,
-        _weights_kind(b),
+        a.kind,
+        b.kind,
         alpha.shape,
         alpha.stride(),
         alpha.dtype,
@@ -99,28 +93,6 @@ def _key(
         registry.generation,
         None if out is None else (out.shape, out.stride(), out.dtype, out.device),
     )
-
-
-# Weights live long, so what a plan depends on is taken from each operand once: by identity, with a reference that tells
-# whether the object of that identity is still the same.
-_weights: dict[int, tuple[weakref.ref, tuple]] = {}
-
-
-def _weights_kind(b: Operand) -> tuple:
-    known = _weights.get(id(b))
-    if known is not None and known[0]() is b:
-        return known[1]
-    scale = b.global_scale
-    kind = (type(b), b.shape, b.layout, b.data.device, scale.numel() if isinstance(scale, torch.Tensor) else None)
-    identity = id(b)
-    _weights[identity] = (weakref.ref(b, lambda reference: _forget_weights(identity, reference)), kind)
-    return kind
-
-
-def _forget_weights(identity: int, reference: weakref.ref) -> None:
-    known = _weights.get(identity)
-    if known is not None and known[0] is reference:
-        del _weights[identity]
 
 
 def fold_scales(alpha: torch.Tensor, a: Nvfp4Tensor, b: Operand) -> torch.Tensor:
