@@ -9,7 +9,7 @@ import torch
 
 from backends import registry
 from backends.problem import OUT_DTYPES
-from bench.inputs import AlphaForm
+from dispatch.inputs import AlphaForm
 from bench.timing import METHODS
 from dispatch.shapes import SHAPES, Shape
 

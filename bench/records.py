@@ -28,7 +28,7 @@ class Row:
         warmup, iterations: calls before and during the timing.
         time: microseconds a call.
         busy_us: median time in which a kernel was running; None where the method does not know.
-        error_over_bar, relative_error: see `bench.check.Errors`; measured on the results of the timed calls.
+        error_over_bar, relative_error: see `dispatch.check.Errors`; measured on the results of the timed calls.
         reproducible: whether a repeated call gave the same bits.
         floor_us: no kernel can be faster for this alpha on this GPU; None where the GPU's ceilings are not known.
         dense_floor_us: the same when every expert is read and multiplied, whatever alpha says.

@@ -14,12 +14,12 @@ from backends.device import DeviceInfo
 from backends.interface import Operand
 from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
-from bench.check import Reference, errors, references
+from dispatch.check import Reference, errors, references
 from bench.clocks import ClockReader, Clocks
 from bench.contestants import Contestant, absent_backends, line_up
 from bench.cupti import KernelTrace
 from bench.environment import ceilings, describe, roofline
-from bench.inputs import WEIGHT_STD, AlphaForm, TokenSet, copy_operand, generator, random_operand, rotation, token_sets
+from dispatch.inputs import WEIGHT_STD, AlphaForm, TokenSet, copy_operand, generator, random_operand, rotation, token_sets
 from bench.options import Options
 from bench.records import Absent, Results, Row
 from bench.statistics import summarize

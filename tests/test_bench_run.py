@@ -13,9 +13,9 @@ from backends import quantize_nvfp4
 from bench import options as command_line
 from bench import shootout
 from bench.__main__ import main
-from bench.check import errors, references
+from dispatch.check import errors, references
 from bench.contestants import Contestant
-from bench.inputs import AlphaForm, generator, global_factor, random_alpha, random_operand, token_sets
+from dispatch.inputs import AlphaForm, generator, global_factor, random_alpha, random_operand, token_sets
 from bench.options import integers, pair, parse, pin
 from bench.records import read_results
 from bench.timing import METHODS, UnavailableMethod, available_methods, choose_method
@@ -107,7 +107,7 @@ def test_timing_methods_give_reasons():
 
 
 def test_operands_are_the_quantizer_s_whatever_the_chunks(monkeypatch):
-    monkeypatch.setattr("bench.inputs._CHUNK_VALUES", 128 * 64)
+    monkeypatch.setattr("dispatch.inputs._CHUNK_VALUES", 128 * 64)
     made = random_operand(300, 64, 0.02, generator(CPU, 5))
     source = generator(CPU, 5)
     values = torch.cat([torch.randn((rows, 64), generator=source) for rows in (128, 128, 44)]).mul_(0.02)
@@ -149,7 +149,7 @@ def _problem():
 
 
 def test_the_reference_is_the_tests_reference(monkeypatch):
-    monkeypatch.setattr("bench.check._CHUNK_VALUES", 48 * 200)  # one expert at a time
+    monkeypatch.setattr("dispatch.check._CHUNK_VALUES", 48 * 200)  # one expert at a time
     sets, b = _problem()
     for tokens, found in zip(sets, references(sets, b)):
         exact, magnitude = reference(tokens.a, b, tokens.alpha)
