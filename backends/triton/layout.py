@@ -1,0 +1,123 @@
+"""The prepared form of B: the order in which the threads of the fast kernels read it.
+
+Rows come in blocks of 32 (two instructions of 16 rows), K in chunks of 256 (four quarters of 64). Padding rows are zero.
+
+- data: int32 [N/32, K/256, quarter 4, half 2, lane 32, step 4]. A word holds the 8 codes that lane 4g + t gives to one
+  matrix instruction: rows g and g + 8 of the half, and four of its 16 values of K (`fragments.py` names them). In each
+  16-bit side of the word, from bit 15 down: the signs of registers 0, 2, 3, 1, then the magnitudes of registers
+  0, 1, 2, 3. Registers 0 and 2 are row g, 1 and 3 row g + 8.
+- scale: int32 [N/32, K/256, lane 32, quarter 4], four scale factors each: rows g and g + 8 of both halves, for the 16
+  values of lane t. A factor s is stored as bits 14..7 of the float16 64*s, which any non-negative e4m3 fits exactly. Half 0
+  lies at bits 14..7 of the 16-bit sides, half 1 likewise after a rotation to the left by 8.
+
+The size is that of the plain form, with N rounded up to 32: 0.5625 bytes per weight.
+"""
+from __future__ import annotations
+
+import torch
+
+from backends.operand import Nvfp4Tensor, PreparedOperand, linear_scale, round_up
+
+#: Name of this arrangement in `PreparedOperand.form`.
+FORM = "fragments"
+#: Rows per block and values of K per chunk.
+ROWS, CHUNK = 32, 256
+
+# Register -> (bit of its sign, lowest bit of its magnitude) in a 16-bit side.
+_SIGN = (15, 12, 14, 13)
+_MAGNITUDE = (9, 6, 3, 0)
+# Rows handled at a time: bounds the working memory to about 150 MB at K = 65536.
+_STEP = 512
+
+
+def prepare(b: Nvfp4Tensor) -> PreparedOperand:
+    """B permuted. Working memory beside the result is about 150 MB at K = 65536.
+
+    Raises:
+        ValueError: a negative scale factor, which this form cannot hold.
+    """
+    rows, k = b.shape
+    blocks = round_up(rows, ROWS) // ROWS
+    data = torch.empty((blocks, k // CHUNK, 4, 2, 32, 4), dtype=torch.int32, device=b.device)
+    scale = torch.empty((blocks, k // CHUNK, 32, 4), dtype=torch.int32, device=b.device)
+    plain = b.scale if b.layout == "linear" else linear_scale(b.scale, rows, 0, k // 16)
+    if bool((plain >= 128).any()):
+        raise ValueError("b has negative scale factors, which the prepared form cannot hold; pass b as it is")
+    for start in range(0, rows, _STEP):
+        part = slice(start // ROWS, (start + _STEP) // ROWS)
+        data[part] = _pack_data(_padded(b.data[start : start + _STEP]))
+        scale[part] = _pack_scale(_padded(plain[start : start + _STEP]))
+    return PreparedOperand("triton", FORM, b.shape, data.view(torch.uint8), scale.view(torch.uint8), b.global_scale)
+
+
+def unprepare(p: PreparedOperand) -> Nvfp4Tensor:
+    """The exact inverse of `prepare`, with scale factors in the "128x4" layout."""
+    rows, k = p.shape
+    data = torch.empty((rows, k // 2), dtype=torch.uint8, device=p.device)
+    scale = torch.empty((rows, k // 16), dtype=torch.uint8, device=p.device)
+    for start in range(0, rows, _STEP):
+        part = slice(start // ROWS, (start + _STEP) // ROWS)
+        count = min(_STEP, rows - start)
+        data[start : start + count] = _unpack_data(p.data.view(torch.int32)[part])[:count]
+        scale[start : start + count] = _unpack_scale(p.scale.view(torch.int32)[part])[:count]
+    return Nvfp4Tensor(data, scale, "linear", p.global_scale).to_layout("128x4")
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    missing = -x.shape[0] % ROWS
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def _pack_data(x: torch.Tensor) -> torch.Tensor:
+    """[rows, K/2] bytes to [rows/32, K/256, quarter, half, lane, step] words."""
+    rows, k = x.shape[0], x.shape[1] * 2
+    # A 32-bit word of the plain form is 8 consecutive values: nibble i and i + 4 form slot pair i.
+    plain = x.contiguous().view(torch.int32).view(rows // 32, 2, 2, 8, k // CHUNK, 4, 4, 2)  # block half r8 g chunk q t w
+    words = torch.zeros((rows // 32, k // CHUNK, 4, 2, 8, 4, 2, 2), dtype=torch.int32, device=x.device)
+    for register in range(4):
+        source = plain[:, :, register % 2].permute(0, 3, 4, 1, 2, 5, 6)  # block chunk q half g t w
+        for step in range(2):
+            pair = 2 * step + register // 2
+            for side in range(2):
+                code = source >> (4 * (pair + 4 * side))
+                target = ((code & 7) << _MAGNITUDE[register]) | (((code >> 3) & 1) << _SIGN[register])
+                words[..., step] |= target << (16 * side)
+    return words.view(rows // 32, k // CHUNK, 4, 2, 32, 4)
+
+
+def _unpack_data(words: torch.Tensor) -> torch.Tensor:
+    blocks, chunks = words.shape[:2]
+    words = words.reshape(blocks, chunks, 4, 2, 8, 4, 2, 2)
+    plain = torch.zeros((blocks, 2, 2, 8, chunks, 4, 4, 2), dtype=torch.int32, device=words.device)
+    for register in range(4):
+        target = plain[:, :, register % 2].permute(0, 3, 4, 1, 2, 5, 6)
+        for step in range(2):
+            pair = 2 * step + register // 2
+            for side in range(2):
+                word = words[..., step] >> (16 * side)
+                code = ((word >> _MAGNITUDE[register]) & 7) | (((word >> _SIGN[register]) & 1) << 3)
+                target |= code << (4 * (pair + 4 * side))
+    return plain.view(blocks * 32, chunks * 32).view(torch.uint8).view(blocks * 32, chunks * CHUNK // 2)
+
+
+def _pack_scale(x: torch.Tensor) -> torch.Tensor:
+    """[rows, K/16] e4m3 bytes to [rows/32, K/256, lane, quarter] words of four 8-bit float16 heads."""
+    rows, blocks = x.shape
+    bits = (x.contiguous().view(torch.float8_e4m3fn).to(torch.float16) * 64).view(torch.int16).to(torch.int32) >> 7
+    head = bits.view(rows // 32, 2, 2, 8, blocks // 16, 4, 4).permute(0, 4, 3, 6, 5, 1, 2)  # block chunk g t q half r8
+    low, high = head[..., 0, 0], head[..., 0, 1]
+    low1, high1 = head[..., 1, 0], head[..., 1, 1]
+    words = (low << 7) | (high << 23) | (low1 >> 1) | (high1 >> 1 << 16) | ((low1 & 1) << 31) | ((high1 & 1) << 15)
+    return words.reshape(rows // 32, blocks // 16, 32, 4)
+
+
+def _unpack_scale(words: torch.Tensor) -> torch.Tensor:
+    blocks, chunks = words.shape[:2]
+    words = words.reshape(blocks, chunks, 8, 4, 4)
+    low, high = (words >> 7) & 0xFF, (words >> 23) & 0xFF
+    low1 = ((words & 0x7F) << 1) | ((words >> 31) & 1)
+    high1 = (((words >> 16) & 0x7F) << 1) | ((words >> 15) & 1)
+    head = torch.stack([torch.stack([low, high], -1), torch.stack([low1, high1], -1)], -2)  # block chunk g t q half r8
+    half = (head << 7).to(torch.int16).view(torch.float16)
+    byte = (half.float() / 64).to(torch.float8_e4m3fn).view(torch.uint8)
+    return byte.permute(0, 5, 6, 2, 1, 4, 3).reshape(blocks * 32, chunks * 16)
