@@ -12,7 +12,7 @@ from .report import Fault
 
 class Mbarrier:
     __slots__ = ("offset", "rank", "count", "pending", "tx", "phase", "waiters", "owner", "clock", "done_clock", "agent",
-                 "in_flight", "arrivals")
+                 "in_flight", "arrivals", "init_epoch")
 
     def __init__(self, owner, rank: int, offset: int, count: int) -> None:
         self.owner, self.rank, self.offset = owner, rank, offset

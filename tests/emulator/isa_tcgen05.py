@@ -7,7 +7,7 @@ from .memory import OFFSET_MASK, RANK_SHIFT, SHARED_WINDOW, shared_store
 from .ptx import Imm, Instr, Mem, Reg, Vec
 from .report import Fault, PtxError
 from .translate import modifiers, op, runtime
-from .umma import InstructionDescriptor, Mma, copy_to_tmem
+from .umma import InstructionDescriptor, Mma, check_copy, copy_to_tmem
 from .values import _ndarray, uniform
 
 _GROUPS = {"cta_group::1", "cta_group::2"}
@@ -35,19 +35,43 @@ def pair_of(w, group: int) -> list:
 
 
 # -- allocation --------------------------------------------------------------------------------------------------------
-@runtime
-def tmem_alloc(w, address, columns, mask):
-    cta, columns = w.cta, one(columns, mask, "tcgen05.alloc column count")
-    start = cta.tmem.allocate(columns)
-    if start is None:
-        cta.tmem.waiters.append(w)
-        return w.wait(lambda: f"{columns} free TMEM columns (tcgen05.alloc); allocated: {cta.tmem.allocations}")
-    w.machine.counters["TMEM allocations"] += 1
+def _peer_has_allocated(w) -> bool:
+    """tcgen05.alloc.cta_group::2 is done by one warp of each CTA of the pair together: neither passes before the other."""
+    mine = w.cta.tmem
+    theirs = pair_of(w, 2)[1 - (w.cta.rank & 1)].tmem
+    if theirs.requests < w.arrived[1]:
+        mine.waiters.append(w)
+        w.wait(lambda: f"the peer CTA's tcgen05.alloc.cta_group::2 (CTA rank {w.cta.rank ^ 1})")
+        return False
+    w.arrived = None
     if w.check:
-        w.check.tmem_allocated(w, cta.tmem, start, columns)
-    address = one(address, mask, "tcgen05.alloc destination")
-    shared_store(w, address - SHARED_WINDOW if address >= SHARED_WINDOW else address, [start], 4, mask)
-    return None
+        w.check.met(w, theirs.clock)
+    return True
+
+
+@runtime
+def tmem_alloc(w, address, columns, group, mask):
+    """True when done; False while the warp must wait for room or for the peer CTA."""
+    cta, columns = w.cta, one(columns, mask, "tcgen05.alloc column count")
+    tmem_ = cta.tmem
+    if w.arrived is None:
+        start = tmem_.allocate(columns)
+        if start is None:
+            tmem_.waiters.append(w)
+            w.wait(lambda: f"{columns} free TMEM columns (tcgen05.alloc); allocated: {tmem_.allocations}")
+            return False
+        w.machine.counters["TMEM allocations"] += 1
+        if w.check:
+            w.check.tmem_allocated(w, tmem_, start, columns)
+        address = one(address, mask, "tcgen05.alloc destination")
+        shared_store(w, address - SHARED_WINDOW if address >= SHARED_WINDOW else address, [start], 4, mask)
+        if group == 2:
+            tmem_.requests += 1
+            w.arrived = (tmem_, tmem_.requests)
+            if w.check:
+                tmem_.clock = w.check.meet(w)
+            w.machine.wake(pair_of(w, 2)[1 - (cta.rank & 1)].tmem.waiters)
+    return group == 1 or _peer_has_allocated(w)
 
 
 @runtime
@@ -60,11 +84,11 @@ def tmem_dealloc(w, address, columns, mask):
 
 @op("tcgen05.alloc", starts_block=True)
 def alloc(e, instr: Instr) -> None:
-    modifiers(instr, 2, _GROUPS | {"sync", "aligned", "shared::cta", "b32"})
+    mods = modifiers(instr, 2, _GROUPS | {"sync", "aligned", "shared::cta", "b32"})
     mem, columns = instr.operands
     e.line(f"w.line = {instr.line}")
     e.line("if m is not None and w.hold(m): return HOLD")
-    e.line(f"if tmem_alloc(w, {e.address(mem)}, {e.read(columns, 'i')}, m) is not None: return BLOCKED")
+    e.line(f"if not tmem_alloc(w, {e.address(mem)}, {e.read(columns, 'i')}, {_group(mods)}, m): return BLOCKED")
 
 
 @op("tcgen05.dealloc", starts_block=True)
@@ -184,10 +208,9 @@ def tcgen05_mma(w, kind, group, d, a, b, idesc, enable, a_in_tmem, ws, scale_d, 
                    one(scale_d, mask, "scale-input-d"), tuple(one(x, mask, "disable-output-lane") for x in disabled),
                    sfa, sfb, block)
         machine.counters["MMA instructions"] += 1
-        check = w.check
-        if check:
-            work.ticket = check.issue_tensor(w)
-        machine.submit(cta.cluster, lambda work=work: work.execute(check), cta.pipe)
+        if w.check:
+            work.check_accesses(w.check, w.check.issue_tensor(w))
+        machine.submit(cta.cluster, work.execute, cta.pipe)
 
 
 @op("tcgen05.mma")
@@ -238,9 +261,10 @@ def tcgen05_cp(w, group, address, desc, shape, source, mask):
     machine, cta, check = w.machine, w.cta, w.check
     for _ in _repeat_for_lanes(w, mask):
         ctas = pair_of(w, group)
-        ticket = check.issue_tensor(w) if check else None
+        if check:
+            check_copy(ctas, address, desc, shape, check.issue_tensor(w), check)
         machine.counters["tcgen05.cp"] += 1
-        machine.submit(cta.cluster, lambda: copy_to_tmem(ctas, address, desc, shape, source, ticket, check), cta.pipe)
+        machine.submit(cta.cluster, lambda: copy_to_tmem(ctas, address, desc, shape, source), cta.pipe)
 
 
 @op("tcgen05.cp")
@@ -274,6 +298,9 @@ def tcgen05_commit(w, address, multicast, mask):
     for _ in _repeat_for_lanes(w, mask):
         machine.counters["tcgen05.commit"] += 1
         ticket = check.issue_commit(w) if check else None
+        if check:
+            for r in ranks:
+                check.commit_signals(ticket, r)
 
         def arrive(ticket=ticket) -> None:
             for r in ranks:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from typing import Callable
 
 import numpy as np
+import torch
 
 from .barriers import ClusterBarrier, Mbarrier, NamedBarrier
 from .memory import (DYNAMIC_SMEM_OFFSET, LOCAL_WINDOW, OFFSET_MASK, PARAM_WINDOW, RANK_SHIFT, SHARED_WINDOW, GlobalMemory,
@@ -194,6 +195,22 @@ class Warp:
     def active_count(self, mask: np.ndarray | None) -> int:
         return 32 if mask is None else int(mask.sum())
 
+    def acquire_load(self, space: str, address, scope: str, mask) -> None:
+        if self.check:
+            for a in self._addresses(address, mask):
+                self.check.acquire_load(self, space, a, scope)
+
+    def release_store(self, space: str, address, scope: str, mask) -> None:
+        if self.check:
+            for a in self._addresses(address, mask):
+                self.check.release_store(self, space, a, scope)
+
+    @staticmethod
+    def _addresses(address, mask) -> list[int]:
+        if type(address) is not _ndarray:
+            return [address]
+        return np.unique(address if mask is None else address[mask]).tolist()
+
     def trap(self, line: int) -> int:
         self.line = line
         raise Fault("trap: the kernel stopped itself (an assertion failed)")
@@ -366,7 +383,11 @@ class Machine:
         self.events = 0
         self.ready: deque[Warp] = deque()
         self.role_counts: dict[int, Counter] = {}
-        self.foreign: dict = {}
+        self.foreign: dict = {}  # knowledge of other clusters carried by a barrier, see checks
+        self.atomics: dict = {}  # clocks published through an atomic's address
+        self.global_lines: dict[int, int] = {}
+        for buffer in memory.buffers:
+            buffer.shadow = None
         self._place_symbols()
         cluster_size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
         limit = max(1, num_sms // cluster_size)
@@ -475,6 +496,8 @@ class Machine:
             return
         if cluster in self.active:
             self.active.remove(cluster)
+            if cluster.check:
+                cluster.check.cluster_end()
             self._finish(cluster)
 
     def _finish(self, cluster: Cluster) -> None:
@@ -487,6 +510,8 @@ class Machine:
     # -- the loop ----------------------------------------------------------------------------------------------------
     def run(self) -> None:
         self.current: Warp | None = None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             with np.errstate(all="ignore"):
                 self._loop()
@@ -497,6 +522,8 @@ class Machine:
         except Exception as error:
             where = Fault(f"internal error: {error!r}").locate(self.current, self.program.kernel, self)
             raise EmulatorError(str(where)) from error
+        finally:
+            torch.set_num_threads(threads)
 
     def _loop(self) -> None:
         ready, rng, randomly, idle = self.ready, self.rng, self.schedule == "random", 0

@@ -25,6 +25,8 @@ class TensorMemory:
         self.allocated = np.zeros(COLUMNS, bool)
         self.permit = True
         self.waiters: list = []
+        self.requests = 0  # tcgen05.alloc.cta_group::2 this CTA has begun
+        self.clock = None
 
     def allocate(self, columns: int) -> int | None:
         """First fit of a power of two >= 32 columns, aligned to its size; None when there is no room now."""

@@ -363,6 +363,7 @@ class Program:
     live_in: list[frozenset[int]]
     lengths: list[int]
     source: str
+    pending_loads: dict[int, frozenset[int]] = field(default_factory=dict)  # line -> lines of tcgen05.ld possibly in flight
 
 
 _TERMINATORS = {"bra", "ret", "exit", "brx", "trap"}
@@ -446,7 +447,55 @@ def translate(kernel: Kernel) -> Program:
     namespace = {**NAMESPACE, **constants}
     exec(compile(text, f"<ptx {kernel.name[:40]}>", "exec"), namespace)  # noqa: S102
     functions = [namespace[f"b{n}"] for n in range(len(blocks))]
-    return Program(kernel, blocks, functions, [b.live_in for b in blocks], [b.end - b.start for b in blocks], text)
+    return Program(kernel, blocks, functions, [b.live_in for b in blocks], [b.end - b.start for b in blocks], text,
+                   pending_loads(kernel, blocks, effects))
+
+
+def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> dict[int, frozenset[int]]:
+    """For each instruction's line, the tcgen05.ld (by line) whose result may not have arrived when it executes.
+
+    A load has arrived once tcgen05.wait::ld executes or an instruction uses one of its results; a move is no use, for
+    ptxas removes moves.
+    """
+    instrs = kernel.instrs
+    results: dict[int, set[int]] = {i: set(effects[i].writes) for i, x in enumerate(instrs) if x.opcode.startswith("tcgen05.ld")}
+    if not results:
+        return {}
+    moves = [i for i, x in enumerate(instrs) if x.parts[0] == "mov"]
+    for regs in results.values():
+        grown = True
+        while grown:
+            size = len(regs)
+            for i in moves:
+                if not regs.isdisjoint(effects[i].reads):
+                    regs.update(effects[i].writes)
+            grown = len(regs) != size
+    users: dict[int, set[int]] = {}  # register -> loads it ends when used
+    for load, regs in results.items():
+        for r in regs:
+            users.setdefault(r, set()).add(load)
+    entering: list[set[int]] = [set() for _ in blocks]
+    out: dict[int, frozenset[int]] = {}
+    work = list(range(len(blocks)))
+    while work:
+        n = work.pop(0)
+        pending = set(entering[n])
+        for i in range(blocks[n].start, blocks[n].end):
+            x = instrs[i]
+            if x.opcode.startswith("tcgen05.wait::ld"):
+                pending.clear()
+            elif x.parts[0] != "mov":
+                for r in effects[i].reads:
+                    if r in users:
+                        pending -= users[r]
+            out[x.line] = frozenset(instrs[j].line for j in pending)
+            if i in results:
+                pending.add(i)
+        for s in blocks[n].successors:
+            if not pending <= entering[s]:
+                entering[s] |= pending
+                work.append(s)
+    return {line: loads for line, loads in out.items() if loads}
 
 
 def _block_source(kernel: Kernel, n: int, block: Block, classes: dict, constants: dict, index: dict) -> str:

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .numerics import bf16_value, decode_table, fp4_pair_table
 from .report import Fault
@@ -164,27 +165,37 @@ def decode_rows(data: np.ndarray, fmt: str, packed_fp4: bool) -> np.ndarray:
     return _byte_table(fmt)[data]
 
 
-def smem_operand(cta, desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values float64[rows, K], byte offsets of the 16-byte chunks read) of an operand in one CTA's shared memory."""
+@functools.lru_cache(maxsize=4096)
+def operand_offsets(desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> np.ndarray:
+    """Byte offsets of the 16-byte chunks one instruction reads of an operand."""
+    if not mn_major:
+        return k_major_chunks(desc, rows, 2)
+    return np.unique(mn_major_elements(desc, rows, DEPTH[kind], _ELEMENT_BYTES.get(fmt, 1)) >> 4) << 4
+
+
+def smem_operand(cta, desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> np.ndarray:
+    """float64[rows, K] values of an operand in one CTA's shared memory."""
     smem = cta.smem
     if mn_major:
         size = _ELEMENT_BYTES.get(fmt, 1)
         offsets = mn_major_elements(desc, rows, DEPTH[kind], size)
         _check_range(smem, offsets, size)
         data = smem.views[size][offsets // size]
-        values = decode_rows(np.ascontiguousarray(data).view(np.uint8).reshape(rows, -1), fmt, False)
-        return values, np.unique(offsets >> 4) << 4
+        return decode_rows(np.ascontiguousarray(data).view(np.uint8).reshape(rows, -1), fmt, False)
     offsets = k_major_chunks(desc, rows, 2)
     _check_range(smem, offsets, 16)
     chunks = smem.bytes.reshape(-1, 16)[offsets >> 4]
     packed = kind in ("mxf4", "mxf4nvf4")
-    return decode_rows(chunks.reshape(rows, 32), fmt, packed), offsets
+    return decode_rows(chunks.reshape(rows, 32), fmt, packed)
 
 
 def _check_range(smem, offsets: np.ndarray, size: int) -> None:
     low, high = int(offsets.min()), int(offsets.max()) + size
     if low < 1024 or high > smem.end:
         smem.check(low, high, "matrix operand read")
+
+
+_LANE_GROUPS = {"direct": slice(0, 8), "halves": slice(0, 8), "ws32": slice(0, 8), "sixteens": slice(0, 8, 2)}
 
 
 def accumulator_rows(m: int, cta_group: int, ws: bool) -> tuple[int, str]:
@@ -234,6 +245,11 @@ def scale_columns(rows: int) -> int:
     return -(-rows // 32)
 
 
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b.T. torch, because its thread count can be set: with more threads than free cores a BLAS spins."""
+    return torch.mm(torch.from_numpy(a), torch.from_numpy(b).T).numpy()
+
+
 @dataclass
 class Mma:
     """One tcgen05.mma, with its operands read at issue; `execute` runs when the tensor pipe reaches it."""
@@ -252,44 +268,60 @@ class Mma:
     sfa: int = 0
     sfb: int = 0
     block: int = 0  # elements per scale factor, 0 when not block-scaled
-    ticket: object = None
 
-    def execute(self, check) -> None:
+    def check_accesses(self, check, ticket) -> None:
+        """Tell the checker what this MMA reads and writes (at issue, with the issuer's clock)."""
+        idesc, group = self.idesc, len(self.ctas)
+        rows, layout = accumulator_rows(idesc.m, group, self.ws)
+        for cta in self.ctas:
+            check.async_smem_read(ticket, cta, self._b_offsets(group), "matrix B")
+            if self.a_in_tmem:
+                check.async_tmem_read(ticket, cta.tmem, _LANE_GROUPS[layout], self.a & 0xFFFF, 8, "matrix A")
+            else:
+                offsets = operand_offsets(SmemDescriptor.decode(self.a), rows, idesc.a, idesc.a_mn, self.kind)
+                check.async_smem_read(ticket, cta, offsets, "matrix A")
+            if self.block:
+                halves = group == 2 and idesc.m == 128
+                columns = scale_columns(idesc.n // 2 if halves else idesc.n)
+                check.async_tmem_read(ticket, cta.tmem, slice(0, 2), self.sfa & 0xFFFF, scale_columns(rows), "SFA")
+                for first in (0, 4) if halves else (0,):
+                    check.async_tmem_read(ticket, cta.tmem, slice(first, first + 2), self.sfb & 0xFFFF, columns, "SFB")
+            check.async_tmem_write(ticket, cta.tmem, _LANE_GROUPS[layout], self.d & 0xFFFF, self._width(layout), self.accumulate)
+
+    def _b_offsets(self, group: int) -> np.ndarray:
+        idesc = self.idesc
+        return operand_offsets(SmemDescriptor.decode(self.b), idesc.n // group, idesc.b, idesc.b_mn, self.kind)
+
+    def _width(self, layout: str) -> int:
+        return self.idesc.n // {"direct": 1, "sixteens": 1, "halves": 2, "ws32": 4}[layout]
+
+    def execute(self) -> None:
         idesc, group = self.idesc, len(self.ctas)
         rows, layout = accumulator_rows(idesc.m, group, self.ws)
         b_desc, n = SmemDescriptor.decode(self.b), idesc.n
-        parts = []
-        for cta in self.ctas:
-            values, offsets = smem_operand(cta, b_desc, n // group, idesc.b, idesc.b_mn, self.kind)
-            if check:
-                check.async_smem_read(self.ticket, cta, offsets, "matrix B")
-            parts.append(values)
+        parts = [smem_operand(cta, b_desc, n // group, idesc.b, idesc.b_mn, self.kind) for cta in self.ctas]
         b = np.concatenate(parts) if group > 1 else parts[0]
         b = -b if idesc.negate_b else b
         for index, cta in enumerate(self.ctas):
-            a = self._a_values(cta, rows, check)
+            a = self._a_values(cta, rows)
             scaled_b = b
             if self.block:
-                a, scaled_b = self._apply_scales(cta, a, b, group, check)
-            self._accumulate(cta, index, a @ scaled_b.T, layout, rows, check)
+                a, scaled_b = self._apply_scales(cta, a, b, group)
+            self._accumulate(cta, index, _product(a, scaled_b), layout, rows)
 
-    def _a_values(self, cta, rows: int, check) -> np.ndarray:
+    def _a_values(self, cta, rows: int) -> np.ndarray:
         idesc = self.idesc
         if not self.a_in_tmem:
-            values, offsets = smem_operand(cta, SmemDescriptor.decode(self.a), rows, idesc.a, idesc.a_mn, self.kind)
-            if check:
-                check.async_smem_read(self.ticket, cta, offsets, "matrix A")
+            values = smem_operand(cta, SmemDescriptor.decode(self.a), rows, idesc.a, idesc.a_mn, self.kind)
         else:
             column = self.a & 0xFFFF
             cta.tmem.check_columns(column, 8, "matrix A read")
             lanes = np.arange(rows) if rows == 128 else np.arange(rows) % 16 + 32 * (np.arange(rows) // 16)
-            if check:
-                check.async_tmem_read(self.ticket, cta.tmem, slice(0, 128), column, 8, "matrix A")
             data = np.ascontiguousarray(cta.tmem.words[lanes, column:column + 8]).view(np.uint8)
             values = decode_rows(data, idesc.a, self.kind in ("mxf4", "mxf4nvf4"))
         return -values if idesc.negate_a else values
 
-    def _apply_scales(self, cta, a: np.ndarray, b: np.ndarray, group: int, check) -> tuple[np.ndarray, np.ndarray]:
+    def _apply_scales(self, cta, a: np.ndarray, b: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
         idesc, count = self.idesc, DEPTH[self.kind] // self.block
         halves = group == 2 and idesc.m == 128
         out = []
@@ -298,18 +330,13 @@ class Mma:
             rows = len(values)
             columns = scale_columns(rows // 2 if split else rows)
             cta.tmem.check_columns(address & 0xFFFF, columns, f"{name} read")
-            if check:
-                check.async_tmem_read(self.ticket, cta.tmem, slice(0, 32), address & 0xFFFF, columns, name)
             scales = scale_factors(cta.tmem, address, sf_id, rows, count, idesc.scale, split)
             out.append((values.reshape(rows, count, self.block) * scales[:, :, None]).reshape(rows, -1))
         return out[0], out[1]
 
-    def _accumulate(self, cta, index: int, product: np.ndarray, layout: str, rows: int, check) -> None:
+    def _accumulate(self, cta, index: int, product: np.ndarray, layout: str, rows: int) -> None:
         tmem, n, column = cta.tmem, self.idesc.n, self.d & 0xFFFF
-        width = n if layout in ("direct", "sixteens") else n // (2 if layout == "halves" else 4)
-        tmem.check_columns(column, width, "accumulator")
-        if check:
-            check.async_tmem_write(self.ticket, tmem, column, width, self.accumulate)
+        tmem.check_columns(column, self._width(layout), "accumulator")
         if layout == "direct" and rows == 128:
             where = (slice(0, 128), slice(column, column + n))
         else:
@@ -368,7 +395,15 @@ def expand_narrow(data: np.ndarray, source: str) -> np.ndarray:
     return out.astype(np.uint8).reshape(data.shape)
 
 
-def copy_to_tmem(ctas: list, address: int, desc_bits: int, shape: str, source: str, ticket, check) -> None:
+def check_copy(ctas: list, address: int, desc_bits: int, shape: str, ticket, check) -> None:
+    rows, chunks, _lanes = copy_lanes(shape)
+    offsets = k_major_chunks(SmemDescriptor.decode(desc_bits), rows, chunks)
+    for cta in ctas:
+        check.async_smem_read(ticket, cta, offsets, "tcgen05.cp source")
+        check.async_tmem_write(ticket, cta.tmem, slice(0, 8), address & 0xFFFF, chunks * 4, False)
+
+
+def copy_to_tmem(ctas: list, address: int, desc_bits: int, shape: str, source: str) -> None:
     """tcgen05.cp: each CTA copies from its own shared memory into its own TMEM."""
     rows, chunks, lanes = copy_lanes(shape)
     desc = SmemDescriptor.decode(desc_bits)
@@ -377,9 +412,6 @@ def copy_to_tmem(ctas: list, address: int, desc_bits: int, shape: str, source: s
         offsets = k_major_chunks(desc, rows, chunks)
         _check_range(cta.smem, offsets, 16)
         cta.tmem.check_columns(column, width, "tcgen05.cp")
-        if check:
-            check.async_smem_read(ticket, cta, offsets, "tcgen05.cp source")
-            check.async_tmem_write(ticket, cta.tmem, column, width, False)
         data = cta.smem.bytes.reshape(-1, 16)[offsets >> 4].reshape(rows, -1)
         if source:
             data = expand_narrow(data, source)
