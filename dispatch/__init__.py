@@ -7,7 +7,9 @@ from backends import pack_experts, quantize_nvfp4, register
 from dispatch.api import backends, explain, fc2, prepare
 from dispatch.choice import Decision
 from dispatch.execute import fold_scales
-from dispatch.errors import ArgumentError, ArgumentTypeError, Fc2Error, NotCompiledError, UnavailableError
+from dispatch.errors import ArgumentError, ArgumentTypeError, Fc2Error, NotCompiledError, PerformanceWarning
+from dispatch.errors import UnavailableError
+from dispatch.tune import TuneReport, autotune
 
 __version__ = "0.1.0"
 
@@ -20,10 +22,13 @@ __all__ = [
     "Fc2Problem",
     "NotCompiledError",
     "Nvfp4Tensor",
+    "PerformanceWarning",
     "PreparedOperand",
     "Support",
     "Tactic",
+    "TuneReport",
     "UnavailableError",
+    "autotune",
     "backends",
     "explain",
     "fc2",

@@ -113,12 +113,10 @@ def fold_scales(alpha: torch.Tensor, a: Nvfp4Tensor, b: Operand) -> torch.Tensor
     return alpha
 
 
-def decide(
-    a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, backend: str, out_dtype: torch.dtype, tactic: TacticLike
-) -> Decision:
-    """The decision for these arguments, which have been checked."""
+def problem_of(a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, out_dtype: torch.dtype) -> Fc2Problem:
+    """The problem that these operands make."""
     device = DeviceInfo.of(alpha.device)
-    problem = Fc2Problem(
+    return Fc2Problem(
         m=a.shape[0],
         n=b.shape[0],
         k=a.shape[1],
@@ -129,6 +127,14 @@ def decide(
         device_type=device.type,
         capability=device.capability,
     )
+
+
+def decide(
+    a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor, backend: str, out_dtype: torch.dtype, tactic: TacticLike
+) -> Decision:
+    """The decision for these arguments, which have been checked."""
+    device = DeviceInfo.of(alpha.device)
+    problem = problem_of(a, b, alpha, out_dtype)
     if backend != "auto" or tactic is not None:
         return choose(problem, device, measured_for(device), backend, tactic)
     wanted = settings()

@@ -341,6 +341,11 @@ class Evidence:
         return self.model.predict(problem, tactic, alpha) if self.model else None
 
 
+def table_problem(problem: Fc2Problem) -> Fc2Problem:
+    """The problem as entries hold it: device type and capability belong to the table."""
+    return replace(problem, device_type="cuda", capability=None)
+
+
 def wanted_alpha(problem: Fc2Problem) -> str:
     """The form of alpha that decisions are made for: top-k with the k usual for E experts."""
     return f"topk:{assumed_top_k(problem.experts)}"

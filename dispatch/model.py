@@ -127,22 +127,26 @@ def describe(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> 
 
 
 def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
-    """Reads everything whatever alpha holds. One item is a tile and a range of experts, run by one CTA or a pair."""
+    """Reads everything whatever alpha holds. One item is a tile and a range of experts, run by one CTA or a pair.
+
+    split_k 0 (stream-K) divides the experts of all tiles evenly, with one partial sum per CTA at most; its constants are
+    its own, since no published time is of it.
+    """
     ctas = tactic.tile_m // 128
     rows = _round_up(-(-problem.m // tactic.tile_m), max(1, tactic.cluster_m // ctas))
     columns = _round_up(-(-problem.n // tactic.tile_n), tactic.cluster_n)
-    items = rows * columns * tactic.split_k
+    items = rows * columns * max(1, tactic.split_k)
     cluster = tactic.cluster_m * tactic.cluster_n
     slots = max(1, sm_count // cluster * cluster // ctas)
+    tile = f"{tactic.tile_m}x{tactic.tile_n}"
+    flops = 2.0 * rows * tactic.tile_m * columns * tactic.tile_n * problem.k
+    if tactic.split_k == 0:
+        partials = slots / items * problem.m * problem.n * 8  # float32, written and read
+        return Work("cute", f"{tile} stream-k", problem.bytes + partials, flops, 1.0)
     split = min(tactic.split_k, problem.experts)
     share = -(-problem.experts // split) / problem.experts  # the longest range of experts
-    return Work(
-        family="cute",
-        tile=f"{tactic.tile_m}x{tactic.tile_n}",
-        bytes=problem.bytes + _workspace(problem, split),
-        flops=2.0 * rows * tactic.tile_m * columns * tactic.tile_n * problem.k,
-        wave_factor=-(-items // slots) * slots * share * split / items,
-    )
+    wave_factor = -(-items // slots) * slots * share * split / items
+    return Work("cute", tile, problem.bytes + _workspace(problem, split), flops, wave_factor)
 
 
 def _describe_torch(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:

@@ -160,7 +160,7 @@ def measured_for(device: DeviceInfo) -> Measured:
 
 def _read(device: DeviceInfo) -> Measured:
     shipped = shipped_for(device)
-    user = load(user_path(device.name)) if device.type == "cuda" else None
+    user = load(user_path(device.name))
     if user is not None:
         user, stale = fresh(user)
         if stale:

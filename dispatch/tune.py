@@ -1,0 +1,535 @@
+"""Measuring tactics on the GPU at hand, for later decisions. Only when asked: nothing else in the package tunes.
+
+For each problem: the default tactic and the most promising others run in a process of their own (`dispatch.worker`), are
+checked against a float64 reference, and those that pass are timed in turn, in CUDA graphs, with a cold L2. Results are
+saved after each problem, so that an interrupted run resumes where it stopped.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
+
+import torch
+
+from backends import registry
+from backends.device import DeviceInfo
+from backends.interface import Fc2Backend, Operand
+from backends.operand import Nvfp4Tensor
+from backends.problem import Fc2Problem
+from backends.tactic import Tactic
+from dispatch import environment, store
+from dispatch.choice import choose
+from dispatch.errors import ArgumentError, Fc2Error, UnavailableError
+from dispatch.execute import forget_plans, problem_of
+from dispatch.measured import Entry, Measured, table_problem, wanted_alpha
+from dispatch.model import top_k_of
+from dispatch.timing import Timing
+
+#: Between two tuned token counts, using one's winner at the other may cost at most this; else one between is tuned.
+BUCKET_REGRET = 0.05
+#: Token counts closer than this ratio are not refined further.
+CLOSEST = 1.3
+#: Candidates predicted to take longer than this many times the best are not run.
+PRUNE = 1.6
+#: Samples of a tactic, each over all input sets.
+ROUNDS = 16
+# Seconds a single compilation and run may take before the worker counts as hanging, and one step of a race.
+CHECK_SECONDS = 180.0
+RACE_SECONDS = 30.0
+SETUP_SECONDS = 120.0
+# How far a run may exceed its budget: the worker is stopped then.
+GRACE_SECONDS = 3.0
+
+
+class WorkerDied(Exception):
+    """The worker process ended, or did not answer in time; the message says which."""
+
+
+class InputsFailed(Exception):
+    """The inputs of a problem could not be made; the message says why."""
+
+
+class WorkerProcess:
+    """The other end of `dispatch.worker`."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dispatch.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+        self._answers: queue.Queue[Optional[str]] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(None)
+
+    def ask(self, request: Mapping[str, Any], seconds: float) -> Iterator[dict]:
+        """The answers to a request, up to and including the final one. Raises WorkerDied.
+
+        Args:
+            seconds: to wait for each answer.
+        """
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has died; what it answered before tells how
+        while True:
+            try:
+                line = self._answers.get(timeout=max(0.01, seconds))
+            except queue.Empty:
+                self.close()
+                raise WorkerDied(f"no answer within {seconds:.0f} s") from None
+            if line is None:
+                raise WorkerDied(self._death())
+            answer = json.loads(line)
+            yield answer
+            if "ok" in answer or "failed" in answer:
+                return
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def close(self) -> None:
+        """End the process and all it started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One problem and form of alpha to tune."""
+
+    problem: Fc2Problem
+    alpha: str
+
+
+@dataclass
+class TuneReport:
+    """What a tuning run did; print it for a summary.
+
+    Attributes:
+        entries: new measurements and failures.
+        done, resumed, left: points measured now, found measured already, and not reached.
+        impossible: points whose inputs could not be made, with the reason.
+        seconds: wall time.
+        path: the user's table.
+        unsaved: why results are not in it; "" if they are.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    done: list[Point] = field(default_factory=list)
+    resumed: list[Point] = field(default_factory=list)
+    left: list[Point] = field(default_factory=list)
+    impossible: list[tuple[Point, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    path: str = ""
+    unsaved: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"tuned {len(self.done)} problems in {self.seconds:.0f} s; {len(self.resumed)} were tuned already, "
+            f"{len(self.left)} not reached" + (" (run again to go on)" if self.left else "")
+        ]
+        lines += [f"  m={p.problem.m} n={p.problem.n} k={p.problem.k}: no inputs: {why}" for p, why in self.impossible]
+        for point in self.done:
+            problem = table_problem(point.problem)
+            own = [e for e in self.entries if e.problem == problem and e.alpha == point.alpha]
+            times = sorted((e for e in own if e.seconds is not None), key=lambda e: e.seconds)
+            p = point.problem
+            head = f"  m={p.m} n={p.n} k={p.k} experts={p.experts} b={p.b_layout} alpha={point.alpha}: "
+            if times:
+                second = f", next {times[1].seconds / times[0].seconds - 1:+.1%}" if len(times) > 1 else ""
+                head += f"{times[0].tactic} {times[0].seconds * 1e6:.2f} us{second}"
+            else:
+                head += "no tactic ran"
+            lines.append(head)
+            lines += [f"    failed: {e.tactic}: {e.failure}" for e in own if e.seconds is None]
+        lines.append(f"saved to {self.path}" if not self.unsaved else f"not saved ({self.unsaved}); in use in this process")
+        return "\n".join(lines)
+
+
+def autotune(
+    what: Union[Fc2Problem, Iterable[Fc2Problem], Nvfp4Tensor],
+    b: Optional[Operand] = None,
+    alpha: Optional[torch.Tensor] = None,
+    *,
+    budget_s: float = 300.0,
+    ms: Optional[Sequence[int]] = None,
+    alphas: Optional[Sequence[str]] = None,
+    backends: Optional[Sequence[str]] = None,
+    device: Optional[torch.device | str] = None,
+    candidates: int = 12,
+    refine: bool = True,
+    again: bool = False,
+    progress: bool = True,
+) -> TuneReport:
+    """Measure tactics on this GPU and let later decisions use them, in this process at once and in others by the store.
+
+    Args:
+        what, b, alpha: operands as `fc2` takes them, of which only shapes and layouts matter; or problems.
+        budget_s: wall time to keep within, in seconds. What was not reached is reported, and found by the next run.
+        ms: token counts to tune instead of each problem's own.
+        alphas: forms of alpha to time, "topk:8" or "dense". Default the one decisions are made for
+            (`wanted_alpha`).
+        backends: names to include; default those that "auto" may take.
+        device: default the operands' device, else the current CUDA device, or the CPU where there is none.
+        candidates: tactics to run per problem at most; each backend's default is always among them.
+        refine: tune further token counts where winners change and the wrong one would cost over `BUCKET_REGRET`.
+        again: measure anew what the store already holds.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was done. On Ctrl-C, finished problems are kept and KeyboardInterrupt is raised.
+
+    Raises:
+        ArgumentError: a problem, form of alpha or backend that does not fit.
+        UnavailableError: called during a CUDA graph capture.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnavailableError("autotune was called during a CUDA graph capture; tune before")
+    if isinstance(what, Nvfp4Tensor):
+        device = what.device
+        problems = [problem_of(what, b, alpha, torch.bfloat16)]
+    else:
+        problems = [what] if isinstance(what, Fc2Problem) else list(what)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    info = DeviceInfo.of(device)
+    problems = [replace(p, device_type=info.type, capability=info.capability) for p in problems]
+    if ms is not None:
+        problems = [replace(p, m=m) for p in problems for m in ms]
+    points = [Point(p, form) for p in dict.fromkeys(problems) for form in alphas or (wanted_alpha(p),)]
+    for point in points:
+        _check(point)
+    tuner = _Tuner(str(device), info, budget_s, backends, candidates, again)
+    return tuner.run(points, refine, progress)
+
+
+def _check(point: Point) -> None:
+    if point.problem.m < 1:
+        raise ArgumentError(f"m is {point.problem.m}; tuning takes at least 1 token")
+    try:
+        top_k_of(point.alpha, point.problem.experts)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+class _Tuner:
+    """One run: the queue of points, the clock and the worker."""
+
+    def __init__(
+        self,
+        device: str,
+        info: DeviceInfo,
+        budget_s: float,
+        backends: Optional[Sequence[str]],
+        candidates: int,
+        again: bool,
+    ) -> None:
+        self.device, self.info, self.backends, self.limit, self.again = device, info, backends, candidates, again
+        self.started = time.monotonic()
+        self.deadline = self.started + budget_s
+        self.worker: Optional[WorkerProcess] = None
+        self.set_up: Optional[Point] = None
+        self.report = TuneReport(path=str(store.user_path(info.name)))
+        # Times by (shape, alpha), then m: what refinement looks at.
+        self.times: dict[tuple, dict[int, dict[Tactic, float]]] = {}
+
+    def run(self, points: Sequence[Point], refine: bool, progress: bool) -> TuneReport:
+        from tqdm import tqdm
+
+        waiting = coarse_to_fine(points)
+        try:
+            with tqdm(total=len(waiting), disable=not progress, unit="problem") as bar:
+                while waiting:
+                    point = waiting.pop(0)
+                    known = self._known(point)
+                    if known and not self.again:
+                        self.report.resumed.append(point)
+                        self._note(point, known)
+                    elif self._seconds_left() <= 0:
+                        self.report.left.append(point)
+                    else:
+                        bar.set_postfix_str(f"m={point.problem.m} {point.alpha}")
+                        try:
+                            self._tune(point, len(waiting) + 1, bar)
+                        except InputsFailed as error:
+                            self.report.impossible.append((point, str(error)))
+                    bar.update()
+                    if refine and not waiting and self._seconds_left() > 0:
+                        waiting = self._between()
+                        bar.total += len(waiting)
+                        bar.refresh()
+        finally:
+            self._stop()
+            self.report.seconds = time.monotonic() - self.started
+            forget_plans()
+        return self.report
+
+    def _seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _known(self, point: Point) -> list[Entry]:
+        """The user's valid entries of a point, of the backends asked for."""
+        table = store.measured_for(self.info).user
+        wanted = table_problem(point.problem)
+        return [
+            e
+            for e in (table.entries if table else ())
+            if e.problem == wanted and e.alpha == point.alpha and (not self.backends or e.tactic.backend in self.backends)
+        ]
+
+    def _between(self) -> list[Point]:
+        """Further points, where a bucket between two tuned token counts is too coarse."""
+        found = []
+        for (shape, alpha), times in self.times.items():
+            m = next_m(times)
+            if m is not None:
+                found.append(Point(replace(shape, m=m), alpha))
+        return found
+
+    def _note(self, point: Point, entries: Iterable[Entry]) -> None:
+        times = self.times.setdefault((replace(point.problem, m=1), point.alpha), {})
+        times[point.problem.m] = {e.tactic: e.seconds for e in entries if e.seconds is not None}
+
+    def _tune(self, point: Point, points_left: int, bar: Any) -> None:
+        """Measure one point with a fair share of the time left, twice over for a slow one, and save it."""
+        share = min(self.deadline, time.monotonic() + 2 * self._seconds_left() / points_left)
+        failures: dict[Tactic, str] = {}
+        passed: list[Tactic] = []
+        seen = self.times.get((replace(point.problem, m=1), point.alpha), {})
+        winners = [min(times, key=lambda t: times[t]) for times in seen.values() if times]
+        tactics = plan(point, self.info, store.measured_for(self.info), self.backends, self.limit, winners)
+        for index, tactic in enumerate(tactics):
+            if time.monotonic() > share and passed:
+                break
+            bar.set_postfix_str(f"m={point.problem.m} {point.alpha}, checking {index + 1}/{len(tactics)}")
+            reason = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
+            if reason and self._seconds_left() <= 0:  # the clock's fault, not the tactic's
+                self.report.left.append(point)
+                return
+            if reason:
+                failures[tactic] = reason
+            else:
+                passed.append(tactic)
+        samples, conditions = self._race(point, passed, failures, share)
+        entries = self._entries(point, samples, failures, conditions)
+        if not samples and self._seconds_left() <= 0:
+            self.report.left.append(point)
+            return
+        self.report.entries += entries
+        self.report.done.append(point)
+        self._note(point, entries)
+        self.report.unsaved = store.save(self.info.name, entries) or self.report.unsaved
+        store.remember(self.info, entries)
+
+    def _attempt(self, point: Point, request: Mapping[str, Any], seconds: float) -> str:
+        """Why a request failed; "" if it did not. A dead worker is replaced by the next one."""
+        try:
+            self._ready(point)
+            answer = {}
+            for answer in self.worker.ask(request, min(seconds, self._seconds_left() + GRACE_SECONDS)):
+                pass
+            return answer.get("failed", "")
+        except WorkerDied as death:
+            self._stop()
+            return str(death)
+
+    def _ready(self, point: Point) -> None:
+        """Make sure of a worker that is set up for the point. Raises InputsFailed if there can be none."""
+        if self.worker is not None and self.set_up == point:
+            return
+        if self.worker is None:
+            self.worker = WorkerProcess()
+        request = {
+            "do": "setup",
+            "problem": point.problem.to_json(),
+            "alpha": point.alpha,
+            "device": self.device,
+            "backends": _importable(),
+        }
+        answer = {}
+        try:
+            for answer in self.worker.ask(request, min(SETUP_SECONDS, self._seconds_left() + GRACE_SECONDS)):
+                pass
+        except WorkerDied as death:
+            self._stop()
+            raise InputsFailed(str(death)) from None
+        if "failed" in answer:
+            raise InputsFailed(answer["failed"])
+        self.set_up = point
+
+    def _race(
+        self, point: Point, passed: list[Tactic], failures: dict[Tactic, str], share: float
+    ) -> tuple[dict[Tactic, list[float]], dict[str, Any]]:
+        """Samples of the tactics that passed; one that kills the worker is failed and the rest race again."""
+        while passed:
+            samples: dict[Tactic, list[float]] = {}
+            running, answer = 0, {}
+            request = {
+                "do": "race",
+                "tactics": [t.to_json() for t in passed],
+                "rounds": ROUNDS,
+                "seconds": max(1.0, min(share, self.deadline) - time.monotonic()),
+            }
+            try:
+                self._ready(point)
+                for answer in self.worker.ask(request, min(RACE_SECONDS, self._seconds_left() + GRACE_SECONDS)):
+                    running = answer.get("running", running)
+                    if "sample" in answer:
+                        index, seconds = answer["sample"]
+                        samples.setdefault(passed[index], []).append(seconds)
+                reason = answer.get("failed", "")
+            except WorkerDied as death:
+                self._stop()
+                reason = str(death)
+            if not reason:
+                return samples, {"timer": answer["timer"], "l2": answer["l2"]}
+            if self._seconds_left() <= 0:
+                break
+            failures[passed.pop(running)] = reason
+        return {}, {}
+
+    def _entries(
+        self,
+        point: Point,
+        samples: Mapping[Tactic, Sequence[float]],
+        failures: Mapping[Tactic, str],
+        conditions: Mapping[str, Any],
+    ) -> list[Entry]:
+        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+        problem = table_problem(point.problem)
+        entries = []
+        for tactic in (*samples, *failures):
+            notes = {**environment.conditions(registry.get(tactic.backend)), **conditions, "date": date}
+            if tactic in failures:
+                entries.append(Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes))
+                continue
+            timing = Timing(tuple(samples[tactic]), conditions["timer"], conditions["l2"])
+            notes["rounds"] = len(timing.samples)
+            entries.append(Entry(problem, point.alpha, tactic, timing.median, timing.spread, notes=notes))
+        return entries
+
+    def _stop(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        self.worker, self.set_up = None, None
+
+
+def _importable() -> list[tuple[str, str, str]]:
+    """(module, class, name) of the backends that the worker has to register itself."""
+    found = []
+    for name in registry.names():
+        cls = type(registry.get(name))
+        if not cls.__module__.startswith("backends."):
+            if cls.__module__ == "__main__":
+                raise ArgumentError(
+                    f"backend {name!r} is defined in the main script, which the tuning process cannot import; move its "
+                    "class to a module"
+                )
+            found.append((cls.__module__, cls.__qualname__, name))
+    return found
+
+
+def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
+    """The points reordered so that, wherever the run stops, token counts are covered evenly: ends, middle, quarters."""
+    by_m = sorted({p.problem.m for p in points})
+    order: list[int] = []
+    ranges = [(0, len(by_m) - 1)]
+    for low, high in ranges:  # grows while it is read: breadth first
+        order += [i for i in (low, high) if i not in order]
+        if high - low > 1:
+            middle = (low + high) // 2
+            ranges += [(low, middle), (middle, high)]
+    rank = {by_m[i]: position for position, i in enumerate(order)}
+    return sorted(points, key=lambda p: rank[p.problem.m])
+
+
+def next_m(times: Mapping[int, Mapping[Tactic, float]]) -> Optional[int]:
+    """A token count to tune between two neighbours whose winners differ and cost too much at the other; None if none.
+
+    Args:
+        times: seconds by m and tactic.
+    """
+    tuned = sorted(m for m in times if times[m])
+    worst, found = BUCKET_REGRET, None
+    for low, high in zip(tuned, tuned[1:]):
+        middle = round(math.sqrt(low * high))
+        if high < CLOSEST * low or middle in times:
+            continue
+        here, there = (min(times[m], key=lambda t: times[m][t]) for m in (low, high))
+        regret = max(
+            times[low].get(there, math.inf) / times[low][here],
+            times[high].get(here, math.inf) / times[high][there],
+        ) - 1
+        if regret > worst:
+            worst, found = regret, middle
+    return found
+
+
+def plan(
+    point: Point,
+    device: DeviceInfo,
+    measured: Measured,
+    backends: Optional[Sequence[str]],
+    limit: int,
+    winners: Sequence[Tactic] = (),
+) -> list[Tactic]:
+    """The tactics to run at a point, each backend's incumbent first, then by expected time.
+
+    Args:
+        backends: names; default those that "auto" may take.
+        limit: tactics at most, beyond one for each backend.
+        winners: what won at other token counts of the same shape.
+    """
+    first: list[Tactic] = []
+    rest: list[tuple[float, Tactic]] = []
+    unknown: list[Tactic] = []
+    for name in backends or registry.names():
+        backend = registry.get(name) if name in registry.names() else None
+        if backend is None:
+            raise ArgumentError(f"backend is {name!r}; known: {', '.join(registry.names())}")
+        if not backends and not backend.is_automatic(device):
+            continue
+        try:
+            decision = choose(point.problem, device, measured, name, complete=True)
+        except Fc2Error as error:
+            if backends:
+                raise
+            continue
+        own = [c for c in decision.candidates if c.tactic is not None and not c.rejected]
+        first += [c.tactic for c in own if c.incumbent or c.tactic == decision.tactic]
+        rest += [(c.seconds, c.tactic) for c in own if c.estimate]
+        unknown += [c.tactic for c in own if not c.estimate]
+    if not first:
+        raise UnavailableError("no backend can run this problem; see `python -m dispatch explain`")
+    known = sorted(rest, key=lambda pair: pair[0])
+    kept = [tactic for seconds, tactic in known if seconds <= PRUNE * known[0][0]]
+    applicable = {t for _, t in rest} | set(unknown) | set(first)
+    # Of those that nothing is known about, some from all over the list: it enumerates the tactics' fields in order.
+    free = max(0, limit - len({*first, *kept[:limit]}))
+    spread = [unknown[i * len(unknown) // free] for i in range(min(free, len(unknown)))] if free else []
+    wanted = dict.fromkeys([*first, *(w for w in winners if w in applicable), *kept, *spread])
+    return list(wanted)[: max(limit, len(dict.fromkeys(first)))]

@@ -1,0 +1,220 @@
+"""The process that runs tuning candidates, so that one that crashes, hangs or poisons the GPU takes nobody with it.
+
+`python -m dispatch.worker` reads requests from stdin and answers on what was stdout, JSON objects one a line:
+
+- `{"do": "setup", "problem", "alpha", "device", "backends"}` makes inputs and the float64 reference;
+- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, and compares: with the reference and bitwise;
+- `{"do": "race", "tactics", "rounds", "seconds"}` times tactics in turn and answers with one `sample` after the other.
+
+Every request ends with `{"ok": ...}` or `{"failed": reason}`. Before a tactic runs in a race, `{"running": index}` says
+so: whoever finds the process dead knows whom to blame.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+import torch
+
+from backends import registry
+from backends.interface import Fc2Backend, Operand
+from backends.operand import Nvfp4Tensor
+from backends.problem import Fc2Problem
+from backends.tactic import Tactic
+from dispatch import check, inputs
+from dispatch.model import active_share
+from dispatch.timing import GraphRunner, HostRunner, Launch, Runner, cold_sets
+
+#: In a race, a tactic slower than this many times the best after `_SCREENING` rounds is not timed further.
+_HOPELESS = 1.3
+_SCREENING = 4
+# Share of the free device memory that copies of the weights may take.
+_MEMORY_SHARE = 0.5
+_SEED = 20260825
+
+
+@dataclass
+class Bench:
+    """Inputs on the device for one problem and form of alpha, and what is right for the first set."""
+
+    problem: Fc2Problem
+    device: torch.device
+    sets: Sequence[inputs.TokenSet]
+    weights: Sequence[Operand]
+    outs: Sequence[torch.Tensor]
+    reference: check.Reference
+
+    @classmethod
+    def of(cls, problem: Fc2Problem, alpha: str, plain: Nvfp4Tensor) -> Bench:
+        """
+        Args:
+            plain: the weights, in the "128x4" layout.
+        """
+        device = plain.device
+        source = inputs.generator(device, _SEED + problem.m)
+        touched = problem.weight_bytes * active_share(problem, alpha) + problem.m * problem.k * 9 // 16
+        # Two sets at least: a call must not find what it read itself a moment ago.
+        count = max(2, cold_sets(device, touched, _copies_that_fit(plain.nbytes, device)))
+        form = inputs.AlphaForm.parse(alpha)
+        sets = inputs.token_sets(form, problem.m, problem.k, problem.experts, source, count)
+        reference = check.references(sets[:1], plain)[0]
+        sets = [replace(s, a=s.a.to_layout(problem.a_layout)) for s in sets]
+        weights = [_arranged(plain, problem.b_layout)]
+        while len(weights) < min(count, _copies_that_fit(plain.nbytes, device)):
+            weights.append(replace(weights[0], data=weights[0].data.clone(), scale=weights[0].scale.clone()))
+        outs = [torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device) for _ in sets]
+        return cls(problem, device, sets, weights, outs, reference)
+
+    def launches(self, backend: Fc2Backend, tactic: Tactic) -> list[Launch]:
+        """One call per input set."""
+        return [
+            lambda i=i, s=s: backend.run(
+                self.problem, tactic, s.a, self.weights[i % len(self.weights)], s.alpha, self.outs[i]
+            )
+            for i, s in enumerate(self.sets)
+        ]
+
+    def failure(self, backend: Fc2Backend, tactic: Tactic) -> str:
+        """Run the tactic twice on the first set; "" if both results are right and equal, else what is wrong."""
+        support = backend.can_implement(self.problem, tactic)
+        if not support:
+            return support.reason
+        launch, out = self.launches(backend, tactic)[0], self.outs[0]
+        first: Optional[torch.Tensor] = None
+        for _ in range(2):
+            out.fill_(float("nan"))
+            if not backend.is_compiled(self.problem, tactic):
+                backend.compile(self.problem, tactic)
+            launch()
+            self.synchronize()
+            over_bar = check.errors([out], [self.reference]).over_bar
+            if not over_bar <= 1.0:
+                return f"wrong result: {over_bar:.3g} times the accuracy bar"
+            if first is not None and not torch.equal(first, out):
+                return "two runs on the same inputs differ"
+            first = out.clone()
+        return ""
+
+    def runner(self, backend: Fc2Backend, tactic: Tactic) -> Runner:
+        """The tactic as deployed: in a CUDA graph, over all input sets; on a CPU by the host's clock."""
+        if not backend.is_compiled(self.problem, tactic):
+            backend.compile(self.problem, tactic)
+        launches = self.launches(backend, tactic)
+        for launch in launches:
+            launch()
+        self.synchronize()
+        return GraphRunner(launches, self.device) if self.device.type == "cuda" else HostRunner(launches)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _copies_that_fit(nbytes: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return max(1, min(32, int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE // max(1, nbytes))))
+
+
+def _arranged(b: Nvfp4Tensor, layout: str) -> Operand:
+    owner, _, form = layout.partition("/")
+    if not form:
+        return b.to_layout(layout)
+    prepared = registry.get(owner).prepare(b)
+    if prepared.layout != layout:
+        raise ValueError(f"backend {owner!r} prepares {prepared.layout!r}, and the problem has {layout!r}")
+    return prepared
+
+
+class Worker:
+    """The requests, as methods that yield answers."""
+
+    def __init__(self) -> None:
+        self._bench: Optional[Bench] = None
+        self._weights: Optional[Nvfp4Tensor] = None
+
+    def setup(self, request: Mapping[str, Any]) -> Iterator[dict]:
+        for module, cls, name in request["backends"]:
+            if name not in registry.names():
+                registry.register(getattr(importlib.import_module(module), cls)())
+        device = torch.device(request["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._bench = None  # its memory is needed
+        problem = Fc2Problem.from_json(request["problem"])
+        if self._weights is None or self._weights.shape != (problem.n, problem.k):
+            self._weights = None
+            source = inputs.generator(device, _SEED)
+            self._weights = inputs.random_operand(problem.n, problem.k, inputs.WEIGHT_STD, source)
+        self._bench = Bench.of(problem, request["alpha"], self._weights)
+        yield {"ok": True, "sets": len(self._bench.sets)}
+
+    def check(self, request: Mapping[str, Any]) -> Iterator[dict]:
+        reason = self._bench.failure(*_backend_and_tactic(request["tactic"]))
+        yield {"failed": reason} if reason else {"ok": True}
+
+    def race(self, request: Mapping[str, Any]) -> Iterator[dict]:
+        deadline = time.monotonic() + request["seconds"]
+        runners: dict[int, Runner] = {}
+        for index, record in enumerate(request["tactics"]):
+            yield {"running": index}
+            runners[index] = self._bench.runner(*_backend_and_tactic(record))
+        samples: dict[int, list[float]] = {index: [] for index in runners}
+        for turn in range(-1, request["rounds"]):  # the first round warms up
+            for index in list(runners) if turn % 2 else reversed(runners):
+                yield {"running": index}
+                sample = runners[index]()
+                if turn >= 0:
+                    samples[index].append(sample)
+                    yield {"sample": [index, sample]}
+            if turn == _SCREENING:
+                best = min(min(samples[index]) for index in runners)
+                runners = {i: r for i, r in runners.items() if min(samples[i]) <= _HOPELESS * best}
+            if turn >= _SCREENING and time.monotonic() > deadline:
+                break
+        method = "graph" if self._bench.device.type == "cuda" else "host"
+        yield {"ok": True, "timer": method, "l2": "cold" if method == "graph" else "warm"}
+
+
+def _backend_and_tactic(record: Mapping[str, Any]) -> tuple[Fc2Backend, Tactic]:
+    backend = registry.get(record["backend"])
+    return backend, backend.tactic_type.from_json(record)
+
+
+def serve() -> None:
+    """Answer until stdin ends."""
+    # What kernels and compilers print goes to stderr; the answers have the original stdout for themselves.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            for answer in getattr(worker, request["do"])(request):
+                answers.write(json.dumps(answer) + "\n")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            answers.write(json.dumps({"failed": "out of device memory"}) + "\n")
+        except Exception as error:
+            answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}".strip()[:500]}) + "\n")
+            if not _usable():
+                os._exit(1)
+
+
+def _usable() -> bool:
+    """Whether the CUDA context survived, which an illegal access destroys."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    serve()
