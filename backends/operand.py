@@ -253,8 +253,12 @@ def _kind(operand: Nvfp4Tensor | PreparedOperand) -> tuple:
     return (type(operand), operand.shape, operand.layout, operand.device, scales)
 
 
+@functools.lru_cache(maxsize=None)
 def _byte_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[256, 2]: the two e2m1 values of each byte, low nibble first."""
+    """[256, 2]: the two e2m1 values of each byte, low nibble first. Read-only.
+
+    Kept, since moving it to the device waits for the device, which a CUDA graph capture forbids.
+    """
     magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=dtype)
     codes = torch.cat([magnitudes, -magnitudes])
     byte = torch.arange(256)
