@@ -9,6 +9,7 @@ from backends.device import DeviceInfo
 from backends.interface import Fc2Backend
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
+from bench.options import Options
 from bench.records import Absent
 
 #: The backend that is everyone's baseline: all of its tactics always take part.
@@ -62,28 +63,27 @@ def absent_backends(names: Sequence[str], device: DeviceInfo) -> list[Absent]:
 def line_up(
     problem: Fc2Problem,
     device: DeviceInfo,
-    names: Sequence[str],
-    pins: Mapping[str, tuple],
-    all_tactics: bool,
+    options: Options,
     favourite: Optional[Tactic],
 ) -> tuple[list[Contestant], list[Absent]]:
     """Contestants for a problem, whose `b_layout` says which form of the weights, and who is missing though supported.
 
     Args:
-        names: backends that may take part.
-        pins: see `Options.pins`; a tactic that lacks a pinned field does not take part.
-        all_tactics: every tactic of a backend instead of its default.
+        options: which backends may take part, and which of their tactics; a tactic that lacks a pinned field may not.
         favourite: what "auto" takes; it takes part even where it is nobody's default.
     """
     tactics: list[Tactic] = []
     absent: list[Absent] = []
     owner = problem.b_layout.partition("/")[0] if "/" in problem.b_layout else ""
-    for name in names:
+    chosen = bool(options.pins or options.tactics)
+    for name in options.backends:
         backend = registry.get(name)
         if not backend.is_supported(device) or (owner and owner != name):
             continue
-        if all_tactics or pins:
-            found = [tactic for tactic in backend.tactics(problem) if matches(tactic.to_json(), pins)]
+        if options.tactics:
+            found = [t for t in options.tactics if t.backend == name and backend.can_implement(problem, t)]
+        elif options.all_tactics or options.pins:
+            found = [tactic for tactic in backend.tactics(problem) if matches(tactic.to_json(), options.pins)]
             if not found:
                 absent.append(Absent(name, "no tactic that can implement the problem has the fields asked for"))
         else:
@@ -91,7 +91,7 @@ def line_up(
             if not found:
                 absent.append(Absent(name, reason))
         tactics += found
-    if favourite is not None and favourite.backend in names and favourite not in tactics and not pins:
+    if favourite is not None and favourite.backend in options.backends and favourite not in tactics and not chosen:
         tactics.append(favourite)
     return [Contestant(tactic, problem.b_layout, tactic == favourite) for tactic in tactics], absent
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 import statistics
 import sys
@@ -11,7 +10,9 @@ from typing import Any, Optional
 import torch
 
 import dispatch
+from backends import registry
 from backends.device import DeviceInfo
+from dispatch.environment import conditions, version
 from dispatch.hardware import Gpu, gpu_of
 from dispatch.timing import EventRunner, l2_bytes
 
@@ -28,18 +29,13 @@ def describe(device: torch.device, command: Optional[str] = None) -> dict[str, A
         "l2_bytes": l2_bytes(device),
         "cuda": torch.version.cuda,
         "driver": _driver(device),
-        "versions": {"fc2-dispatch": dispatch.__version__, **{name: _version(name) for name in packages}},
+        "versions": {"fc2-dispatch": dispatch.__version__, **{name: version(name) for name in packages}},
+        # Tuned times hold for these kernels and compilers: `bench import` carries them into the table.
+        "conditions": {name: conditions(registry.get(name)) for name in registry.names()},
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command or " ".join(["python -m bench", *sys.argv[1:]]),
     }
-
-
-def _version(package: str) -> Optional[str]:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _driver(device: torch.device) -> Optional[str]:

@@ -74,3 +74,49 @@ def few(a, wd, ws, alpha, out, lists, BLOCKS, GROUPS, DEPTH, n=N, k=K, e=E):
     m = alpha.shape[0]
     fc2_few[(-(-n // (32 * BLOCKS)),)](a.data.view(torch.int32), a.scale, wd.view(torch.int32), ws.view(torch.int32), alpha, out, lists, m, n,
         EXPERTS=e, INNER=k // e, A_SWIZZLED=a.layout == "128x4", BLOCKS=BLOCKS, GROUPS=GROUPS, DEPTH=DEPTH, num_warps=4 * GROUPS)
+
+from backends.triton.plan import list_tokens, gather_tokens, sum_sets
+from backends.triton.routed import fc2_routed
+
+class Work:
+    def __init__(self, m, n, k, e, sets):
+        i32 = dict(dtype=torch.int32, device=dev)
+        self.counts = torch.empty(e, **i32); self.active = torch.empty(e + 1, **i32)
+        self.token_of = torch.empty(e, m, **i32); self.weight_of = torch.empty(e, m, device=dev); self.alpha_t = torch.empty(e, m, device=dev)
+        self.gathered = torch.empty(m * k // 2, **i32)
+        self.tiles = -(-n // 64); self.sums = torch.empty(sets, self.tiles, m, 64, device=dev)
+
+def np2(x): return 1 << max(0, x - 1).bit_length()
+
+def plan(a, alpha, w, k, e, rows=8):
+    m = alpha.shape[0]
+    list_tokens[(e,)](alpha, w.counts, w.token_of, w.weight_of, w.alpha_t, m, EXPERTS=e, BLOCK=max(32, min(512, np2(m))), num_warps=4 if m > 128 else 1)
+    gather_tokens[(e + 1,)](a.data.view(torch.int32), a.scale, w.counts, w.token_of, w.active, w.gathered, m, EXPERTS=e, EXPERTS_PADDED=np2(e),
+        INNER=k // e, A_SWIZZLED=a.layout == "128x4", ROWS=rows, num_warps=4)
+
+def routed(a, wd, ws, alpha, out, w, sets, n=N, k=K, e=E, stage=9):
+    m = alpha.shape[0]
+    plan(a, alpha, w, k, e)
+    if stage < 1: return
+    fc2_routed[(w.tiles, sets)](wd.view(torch.int32), ws.view(torch.int32), w.gathered, w.counts, w.active, w.token_of, w.weight_of, w.sums, m,
+        EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=k // e, SETS=sets, num_warps=4)
+    if stage < 2: return
+    rows = 16
+    sum_sets[(w.tiles, -(-m // rows))](w.sums, w.counts, out, m, n, w.tiles, EXPERTS=e, EXPERTS_PADDED=np2(e), SETS=sets, ROWS=rows, num_warps=4)
+
+from backends.triton.plan import sum_slots
+from backends.triton.dense import fc2_dense
+
+def dense(a, wd, ws, alpha, out, w, T, W, occ, n=N, k=K, e=E, stage=9):
+    m = alpha.shape[0]
+    list_tokens[(e,)](alpha, w.counts, w.token_of, w.weight_of, w.alpha_t, m, EXPERTS=e, BLOCK=max(32, min(512, np2(m))), num_warps=4 if m > 128 else 1)
+    if stage < 1: return
+    rows = 16 * W; tt = -(-m // T); tiles = -(-n // rows) * tt; C = k // 256
+    programs = min(132 * occ, tiles * C)
+    slots = -(-C * programs // (tiles * C)) + 1
+    need = tiles * slots * T * rows
+    if getattr(w, "parts", None) is None or w.parts.numel() < need: w.parts = torch.empty(need, device=dev)
+    fc2_dense[(programs,)](a.data.view(torch.int32), a.scale, wd.view(torch.int32), ws.view(torch.int32), w.alpha_t, w.counts, w.parts, m, tiles,
+        EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=k // e, A_SWIZZLED=a.layout == "128x4", TOKENS=T, SLOTS=slots, WARPS=W, num_warps=W)
+    if stage < 2: return
+    sum_slots[(tiles, T // 8)](w.parts, w.counts, out, m, n, tiles, tt, programs, EXPERTS=e, EXPERTS_PADDED=np2(e), CHUNKS=C, TOKENS=T, ROWS=rows, SLOTS=slots, BLOCK=8, num_warps=4)

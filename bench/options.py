@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from dataclasses import dataclass, field
 from typing import Mapping, Optional, Sequence
 
@@ -9,6 +10,7 @@ import torch
 
 from backends import registry
 from backends.problem import OUT_DTYPES
+from backends.tactic import Tactic
 from dispatch.inputs import AlphaForm
 from bench.timing import METHODS
 from dispatch.shapes import SHAPES, Shape
@@ -36,6 +38,7 @@ class Options:
         backends: names of those that take part.
         pins: tactic fields and the values they may take; empty for no restriction.
         all_tactics: every tactic instead of each backend's default.
+        tactics: exactly these, instead of defaults, all or pinned ones; empty for no such list.
         timer: a method, or "auto".
         cold: whether the L2 cache is cold.
         warmup, iterations: calls of each contestant.
@@ -52,6 +55,7 @@ class Options:
     backends: tuple[str, ...] = ()
     pins: Mapping[str, tuple] = field(default_factory=dict)
     all_tactics: bool = False
+    tactics: tuple[Tactic, ...] = ()
     timer: str = "auto"
     cold: bool = True
     warmup: int = 10
@@ -126,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--cluster", type=pair, action="append", metavar="M,N", help="tactics with cluster_m, cluster_n")
     who.add_argument("--split-k", type=integers, metavar="LIST", help="tactics with this split_k (split in Triton)")
     who.add_argument("--tactic", type=pin, action="append", metavar="FIELD=VALUE", help="tactics with this value in this field")
+    who.add_argument("--peer", action="append", metavar="MODULE", help="import a module that registers a further backend")
     how = parser.add_argument_group("how to time")
     how.add_argument("--timer", choices=("auto", *METHODS), default="auto", help="default the best available")
     how.add_argument("--warm-l2", action="store_true", help="one input set, no flush; default rotates inputs and flushes")
@@ -147,6 +152,11 @@ def from_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParse
     for form in alphas:
         if form.kind != "dense" and form.top_k > shape.experts:
             parser.error(f"--alpha {form} selects {form.top_k} experts a token and there are {shape.experts}")
+    for module in arguments.peer or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            parser.error(f"--peer {module}: {error}")
     names = tuple(arguments.backends.split(",")) if arguments.backends else tuple(registry.names())
     for name in names:
         if name not in registry.names():

@@ -5,13 +5,16 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Mapping
 
 from bench.contestants import short_name
+from dispatch.measured import Entry
 from dispatch.store import shipped_tables
 
 #: The GPU of the published times.
 PUBLISHED_GPU = "NVIDIA B200"
+#: Field of a table that keeps published entries which measured ones have displaced.
+DISPLACED = "published"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def measured_peers(gpu: str, n: int, k: int, experts: int, alpha: str) -> list[P
 def published(n: int, k: int, experts: int) -> list[Peer]:
     """Published B200 times of this shape, one peer for each source and tactic; they do not depend on alpha."""
     found: dict[tuple[str, str], dict[int, float]] = {}
-    for entry in _published_entries():
+    for entry in published_entries():
         p = entry.problem
         if (p.n, p.k, p.experts) == (n, k, experts):
             found.setdefault((entry.source, short_name(entry.tactic)), {})[p.m] = entry.seconds * 1e6
@@ -68,6 +71,15 @@ def best_published(n: int, k: int, experts: int) -> Mapping[int, float]:
     return dict(sorted(best.items()))
 
 
-def _published_entries() -> Iterable:
+def published_entries() -> list[Entry]:
+    """Published times as entries. They are the B200 table's until measured ones displace them (see `bench.importing`)."""
     table = shipped_tables().get(PUBLISHED_GPU)
-    return [e for e in table.entries if e.seconds and e.source.startswith("pr")] if table else []
+    if table is None:
+        return []
+    displaced = [Entry.from_json(record) for record in table.extra.get(DISPLACED, ())]
+    return [entry for entry in (*table.entries, *displaced) if entry.seconds and is_published(entry)]
+
+
+def is_published(entry: Entry) -> bool:
+    """Whether an entry's source is a publication: a pull request."""
+    return entry.source.startswith("pr")

@@ -55,7 +55,7 @@ def draw_time(axes, rows: Sequence[Row], device: str, with_published: bool = Fal
         axes.plot([], [], " ", label=f"not drawn: {curve.name}, from {min(row.time.median for row in curve.rows):.0f} us")
     _over_m(axes, ms)
     axes.set(yscale="log", ylabel="time of a call, us", title="Time")
-    _plain_log_ticks(axes.yaxis)
+    plain_log_ticks(axes.yaxis)
     axes.legend(fontsize=7)
 
 
@@ -66,7 +66,7 @@ def _near(found: Sequence[Curve]) -> tuple[list[Curve], list[Curve]]:
     return near, [curve for curve in found if curve not in near]
 
 
-def _plain_log_ticks(axis) -> None:
+def plain_log_ticks(axis) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, written out."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -92,8 +92,8 @@ def draw_roofline(axes, rows: Sequence[Row], ceilings: Mapping[str, float] | Non
         axes.plot(ends, [min(x * bandwidth, rate) / 1e12 for x in ends], color="black", linewidth=1, label="roofline")
     axes.set(xscale="log", yscale="log", title="Roofline", xlabel="FLOP a byte that alpha makes necessary")
     axes.set_ylabel("TFLOP/s of necessary work")
-    _plain_log_ticks(axes.xaxis)
-    _plain_log_ticks(axes.yaxis)
+    plain_log_ticks(axes.xaxis)
+    plain_log_ticks(axes.yaxis)
     axes.legend(fontsize=7)
 
 

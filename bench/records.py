@@ -126,10 +126,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Absent:
-    """A backend that did not take part, and why."""
+    """A backend or tactic that did not take part, and why.
+
+    Attributes:
+        tactic: its JSON record where one tactic failed, rather than a backend being unavailable.
+    """
 
     label: str
     reason: str
+    tactic: Optional[Mapping[str, Any]] = None
 
 
 @dataclass

@@ -192,9 +192,7 @@ class _Stage:
                 favourite = dispatch.explain(tokens.a, operands[0], tokens.alpha, out_dtype=options.out_dtype).tactic
             except dispatch.UnavailableError:
                 favourite = None
-            found, absent = line_up(
-                problem, self.info, options.backends, options.pins, options.all_tactics, favourite
-            )
+            found, absent = line_up(problem, self.info, options, favourite)
             yield from ((entry, problem) for entry in (*found, *absent))
 
     def _entry(self, contestant: Contestant, problem: Fc2Problem, sets: Sequence[TokenSet]) -> _Entry:
