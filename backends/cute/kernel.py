@@ -290,7 +290,7 @@ class Fc2Kernel:
         b = self._load(tma_b, mine.partition_B, (tile_n, tile_k), stage[1], cluster_vmnk, coord, mode=1)
         sfa = self._load(tma_sfa, mine.partition_A, (tile_m, tile_k), stage[2], cluster_vmnk, coord, mode=2)
         sfb = self._load(
-            tma_sfb, mine_sfb.partition_B, (self.sfb_tile[0], tile_k), stage[3], cluster_sfb_vmnk, coord_sfb, mode=1
+            tma_sfb, mine_sfb.partition_B, self.sfb_tile[1:], stage[3], cluster_sfb_vmnk, coord_sfb, mode=1
         )
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.budget.ab_stages)
         first_part, parts, turn = work.turns
@@ -299,7 +299,7 @@ class Fc2Kernel:
             for tile in cutlass.range(first_tile, end_tile, unroll=1):
                 tile_row, tile_column, first, last = work.at(tile, part)
                 # The 128-row scale tile of B covers two N tiles of 64.
-                scale_column = tile_column * tile_n // self.sfb_tile[0]
+                scale_column = tile_column * tile_n // self.sfb_tile[1]
                 for k_tile in cutlass.range(first * tiles_per_expert, last * tiles_per_expert, unroll=1):
                     ab.producer_acquire(state)
                     barrier = ab.producer_get_barrier(state)
