@@ -18,6 +18,7 @@ _LOAD4 = gl.constexpr(
     """{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
     @p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4]; }"""
 )
+_LOAD4_SHARED = gl.constexpr(_LOAD4.value.replace("L1::no_allocate.L2::256B.", ""))
 _LOAD1 = gl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }"
 )
@@ -28,6 +29,14 @@ def load4(pointer, wanted):
     """Four consecutive 32-bit words per thread, 0 where not wanted; passes by L1, as weights are read once."""
     return gl.inline_asm_elementwise(
         _LOAD4, "=&r,=&r,=&r,=&r,l,r", [pointer.to(gl.int64), wanted], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
+    )
+
+
+@gluon.jit
+def load4_shared(pointer, wanted):
+    """As `load4`, through L1: for what several warps of a multiprocessor read."""
+    return gl.inline_asm_elementwise(
+        _LOAD4_SHARED, "=&r,=&r,=&r,=&r,l,r", [pointer.to(gl.int64), wanted], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
     )
 
 
@@ -104,17 +113,61 @@ def _multiply_asm(groups: int, half: int) -> str:
     return "{ " + "\n".join(lines) + " }"
 
 
-_MULTIPLY_1_LOW = gl.constexpr(_multiply_asm(1, 0))
-_MULTIPLY_1_HIGH = gl.constexpr(_multiply_asm(1, 1))
+_MULTIPLY_LOW = gl.constexpr(_multiply_asm(1, 0))
+_MULTIPLY_HIGH = gl.constexpr(_multiply_asm(1, 1))
+_MULTIPLY_WIDE = gl.constexpr(_multiply_asm(2, 0))
 
 
 @gluon.jit
 def multiply1(acc, x, scale, b, HALF: gl.constexpr):
     """acc (4 tensors) plus 16 rows x 64 values of weights times 8 tokens."""
     return gl.inline_asm_elementwise(
-        _MULTIPLY_1_HIGH if HALF else _MULTIPLY_1_LOW,
+        _MULTIPLY_HIGH if HALF else _MULTIPLY_LOW,
         "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r,r,r,r,r,r,r,r,r,r",
         [acc[0], acc[1], acc[2], acc[3], x[0], x[1], x[2], x[3], scale,
          b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]],
         (gl.float32, gl.float32, gl.float32, gl.float32), True, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def multiply2(acc, x, scale, b, c):
+    """acc (8 tensors) plus 16 rows (half 0 of scale) x 64 values of weights times 16 tokens."""
+    return gl.inline_asm_elementwise(
+        _MULTIPLY_WIDE,
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7], x[0], x[1], x[2], x[3], scale,
+         b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]],
+        (gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32), True, 1,
+    )  # fmt: skip
+
+
+def _decode_asm(half: int) -> str:
+    """$0..$7: registers 0..3 of the left operand, low then high side, from a word of weights and its scale factors."""
+    lines = [
+        ".reg .b32 t, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;",
+        "mov.b32 {l, h}, $9; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};",
+        "and.b32 a0, $8, 0x8E008E00;",
+        "shl.b32 t, $8, 3; and.b32 a1, t, 0x8E008E00;",
+        "and.b32 t, $8, 0x40384038; mul.lo.u32 t, t, 66; and.b32 a2, t, 0x8E008E00;",
+        "and.b32 t, $8, 0x20072007; mul.lo.u32 t, t, 516; and.b32 a3, t, 0x8E008E00;",
+        "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;",
+    ]
+    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};" for i in range(4)]
+    return "{ " + "\n".join(lines) + " }"
+
+
+_DECODE = gl.constexpr(_decode_asm(0))
+
+
+@gluon.jit
+def decode_weights(word, scale):
+    """Left operand registers 0..3 of one step, low and high side of each: 8 float16 tensors, 2^-8 of the values.
+
+    Args:
+        scale: the scale factors of rows g (low side) and g + 8 (high side), as float16 bits.
+    """
+    return gl.inline_asm_elementwise(
+        _DECODE, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [word, scale],
+        (gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16), True, 1,
     )  # fmt: skip
