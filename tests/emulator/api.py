@@ -12,7 +12,7 @@ from .memory import GlobalMemory
 from .report import LaunchReport, Report
 from .translate import program
 
-_DLPACK_CPU, _DLPACK_CUDA = 1, 2
+_DLPACK_CUDA = 2
 
 
 def device_tensor(tensor: Any, assumed_align: int | None = None) -> Any:
@@ -27,14 +27,17 @@ def device_tensor(tensor: Any, assumed_align: int | None = None) -> Any:
             return _DLPACK_CUDA, 0
 
         def __dlpack__(self, **_kwargs: Any) -> Any:
-            capsule = tensor.__dlpack__()
-            pointer = ctypes.pythonapi.PyCapsule_GetPointer
-            pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-            address = pointer(capsule, b"dltensor")
-            ctypes.c_int32.from_address(address + 8).value = _DLPACK_CUDA  # DLTensor.device.device_type
-            return capsule
+            return mark_as_cuda(tensor.__dlpack__())
 
     return from_dlpack(Exporter(), assumed_align=assumed_align)
+
+
+def mark_as_cuda(capsule: Any) -> Any:
+    """Rewrite DLTensor.device.device_type (at byte 8) of a DLPack capsule."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = _DLPACK_CUDA
+    return capsule
 
 
 def _extent(tensor: Any) -> tuple[int, int]:

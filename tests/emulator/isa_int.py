@@ -77,7 +77,7 @@ def mad(e, instr: Instr) -> None:
     d, a, b, c = instr.operands
     product, result = _product(e.read(a, cls, bits), e.read(b, cls, bits), mods, bits, signed, cls, mask)
     wide = "M64" if result == "q" else "M32" if bits == 32 or "wide" in mods else mask
-    e.write(d, f"({product} + {e.read(c, result, 64 if result == 'q' else 32)}) & {wide}", result)
+    e.write(d, f"(({product}) + {e.read(c, result, 64 if result == 'q' else 32)}) & {wide}", result)
 
 
 @op("div", "rem")

@@ -421,14 +421,16 @@ def match_sync(e, instr: Instr) -> None:
 
 
 @runtime
-def redux(how, kind, value, mask, membermask):
+def redux(how, kind, value, mask, membermask, absolute, nan):
     v = lanes(value)
     active = v if mask is None else v[mask]
     if type(membermask) is int and membermask not in (0xFFFFFFFF,):
         chosen = (membermask >> LANES & 1).astype(bool)
         active = v[chosen if mask is None else chosen & mask]
     if kind == "f32":
-        return np.float32((np.fmin if how == "min" else np.fmax).reduce(active))
+        active = abs(active) if absolute else active
+        functions = (np.minimum, np.maximum) if nan else (np.fmin, np.fmax)
+        return np.float32(functions[how == "max"].reduce(active))
     if kind == "s32":
         active = sext(active, 32)
     return int({"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
@@ -437,13 +439,14 @@ def redux(how, kind, value, mask, membermask):
 
 @op("redux", starts_block=True)
 def redux_sync(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"sync", "add", "min", "max", "and", "or", "xor", "u32", "s32", "b32", "f32"})
+    modifiers(instr, 1, {"sync", "add", "min", "max", "and", "or", "xor", "u32", "s32", "b32", "f32", "abs", "NaN"})
     d, a, membermask = instr.operands
     kind = instr.parts[-1]
     cls = "f" if kind == "f32" else "i"
     members = e.read(membermask, "i")
     e.line(f"if m is not None and w.hold(m, {members}): return HOLD")
-    e.write(d, f"redux({instr.parts[2]!r}, {kind!r}, {e.read(a, cls)}, m, {members})", cls)
+    e.write(d, f"redux({instr.parts[2]!r}, {kind!r}, {e.read(a, cls)}, m, {members}, {'abs' in instr.parts}, "
+               f"{'NaN' in instr.parts})", cls)
 
 
 # -- fences and hints ----------------------------------------------------------------------------------------------------

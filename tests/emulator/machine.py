@@ -33,7 +33,7 @@ class Warp:
         self.cta, self.index = cta, index
         self.machine, self.check = cta.cluster.machine, cta.cluster.check
         program = self.machine.program
-        self.R: list = [None] * len(program.kernel.registers)
+        self.R: list = list(program.zero_registers)
         self.pc = 0
         self.live = np.arange(32) < threads
         self.mask = None if threads >= 32 else self.live

@@ -363,6 +363,7 @@ class Program:
     live_in: list[frozenset[int]]
     lengths: list[int]
     source: str
+    zero_registers: list  # what a register holds before anything writes it: undefined in PTX, zero here
     pending_loads: dict[int, frozenset[int]] = field(default_factory=dict)  # line -> lines of tcgen05.ld possibly in flight
 
 
@@ -447,8 +448,15 @@ def translate(kernel: Kernel) -> Program:
     namespace = {**NAMESPACE, **constants}
     exec(compile(text, f"<ptx {kernel.name[:40]}>", "exec"), namespace)  # noqa: S102
     functions = [namespace[f"b{n}"] for n in range(len(blocks))]
-    return Program(kernel, blocks, functions, [b.live_in for b in blocks], [b.end - b.start for b in blocks], text,
+    zeros = [_zero(classes[r.index]) for r in kernel.registers]
+    return Program(kernel, blocks, functions, [b.live_in for b in blocks], [b.end - b.start for b in blocks], text, zeros,
                    pending_loads(kernel, blocks, effects))
+
+
+def _zero(cls: object) -> object:
+    if isinstance(cls, tuple):
+        return _zero(cls[1]), _zero(cls[2])
+    return {"p": False, "i": 0, "q": 0, "f": np.float32(0), "v": np.zeros((2, 1), np.float32), "o": [0, 0, 0, 0]}[cls]
 
 
 def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> dict[int, frozenset[int]]:

@@ -132,7 +132,7 @@ def select_t(a, b, p):
 
 
 def merge(mask, new, old):
-    if mask is None or old is None or new is old:
+    if mask is None or new is old:
         return new
     if type(new) is tuple:
         return merge(mask, new[0], old[0]), merge(mask, new[1], old[1])
@@ -140,7 +140,7 @@ def merge(mask, new, old):
 
 
 def merge_q(mask, new, old):
-    if mask is None or old is None or new is old:
+    if mask is None or new is old:
         return new
     return np.where(mask, as_q(new), as_q(old))
 
