@@ -332,7 +332,7 @@ def _rules(problem: Fc2Problem, device: DeviceInfo, backend: Fc2Backend) -> list
 def _candidates(
     backend: Fc2Backend, device: DeviceInfo, evidence: Evidence, pin: Optional[Pin], complete: bool
 ) -> list[Candidate]:
-    """What this backend could run, in the fixed order: rule, default, the backend's list, then measured tactics.
+    """What this backend could run, in the fixed order: rule, default, measured tactics by name, the backend's list.
 
     The backend's list is long, and only looked at where nothing stronger than the model can decide.
     """
@@ -345,7 +345,7 @@ def _candidates(
             raise ArgumentError(f"tactic: {error}") from None
         complete = complete or len(pin.values) < len(fields(default))
     rules = _rules(problem, device, backend)
-    timed = [t for t in evidence.timed() if t.backend == backend.name]
+    timed = [t for t in evidence.timed if t.backend == backend.name]
     found: dict[Tactic, Candidate] = {}
 
     def consider(tactics: Iterable[Tactic]) -> None:
@@ -360,10 +360,11 @@ def _candidates(
     consider([default])
     if not found[default].incumbent:
         found[default] = replace(found[default], incumbent="default")
-    known = rule is not None or any(_assess(backend, t, evidence, pin is not None).evidence for t in timed)
-    if complete or (not known and evidence.model is not None and evidence.model.knows(backend.name)) or all(c.rejected for c in found.values()):
-        consider(backend.tactics(problem))
     consider(timed)
+    known = rule is not None or any(c.evidence for c in found.values())
+    modelled = evidence.model is not None and evidence.model.knows(backend.name)
+    if complete or (modelled and not known) or all(c.rejected for c in found.values()):
+        consider(backend.tactics(problem))
     return list(found.values())
 
 

@@ -200,7 +200,7 @@ class Estimate:
             output type or layout of a) or "model".
         alpha: form of alpha that the time is for.
         evidence: where this tactic was measured: "here" (at this m), "both sides" or "one side" (of the same shape, at
-            the nearest other token counts) or "", nowhere.
+            the nearest token counts that have it) or "", nowhere.
         entry: the measurement itself, where it is here.
     """
 
@@ -241,6 +241,7 @@ class Measured:
                     self._add(entry, table is user)
                 else:
                     self._failures.setdefault(_shape(entry.problem), {})[entry.tactic] = entry.failure
+        self._views: dict[tuple, tuple[dict[int, dict[Tactic, Entry]], list[Tactic]]] = {}
         self._similar = {_loose(shape): shape for shape in self._index}
 
     def _add(self, entry: Entry, users: bool) -> None:
@@ -262,21 +263,30 @@ class Measured:
             alpha: its form; default the one that decisions are made for, or dense where only dense times exist.
         """
         shape = _shape(problem)
-        # Where this output type or layout of a was never measured, those of another one are close.
-        points = self._index.get(shape) or self._index.get(self._similar.get(_loose(shape)), {})
         forms = (alpha,) if alpha else (wanted_alpha(problem), ALPHA_DENSE)
-        m = problem.m
-        around = [max((x for x in points if x < m), default=None), min((x for x in points if x > m), default=None)]
+        points, timed = self._of_forms(shape, forms)
         return Evidence(
             problem,
             forms[0],
-            here=_of_form(points.get(m, {}), forms),
-            near=[(replace(problem, m=x), _of_form(points[x], forms)) for x in around if x is not None],
+            points,
+            timed,
             exact=shape in self._index,
-            by_user=any((shape, m, form) in self._users for form in (forms[0], ALPHA_ANY)),
+            by_user=any((shape, problem.m, form) in self._users for form in (forms[0], ALPHA_ANY)),
             failures=self._failures.get(shape, {}),
             model=self.model,
         )
+
+
+    def _of_forms(self, shape: tuple, forms: tuple[str, ...]) -> tuple[dict[int, dict[Tactic, Entry]], list[Tactic]]:
+        """Entries by ascending m and tactic in the first form that has any, and the tactics in a fixed order."""
+        known = self._views.get((shape, forms))
+        if known is None:
+            # Where this output type or layout of a was never measured, those of another one are close.
+            points = self._index.get(shape) or self._index.get(self._similar.get(_loose(shape)), {})
+            resolved = {m: _of_form(points[m], forms) for m in sorted(points)}
+            timed = sorted({tactic for entries in resolved.values() for tactic in entries}, key=str)
+            known = self._views[shape, forms] = (resolved, timed)
+        return known
 
 
 @dataclass(frozen=True)
@@ -286,53 +296,57 @@ class Evidence:
     Attributes:
         problem: the problem.
         alpha: form of alpha asked for.
-        here: entries at this m, by tactic.
-        near: the nearest measured problems of the same shape with fewer and with more tokens (none, one or two), each
-            with its entries.
+        points: entries of the same shape by m, ascending, and tactic.
+        timed: tactics among them, in a fixed order.
         exact: False where the entries are for another output type or layout of a.
-        by_user: whether `here` are the user's own measurements.
+        by_user: whether those at this m are the user's own measurements.
         failures: tactics that failed at this shape, whatever m, with the reason.
         model: for what was not measured.
     """
 
     problem: Fc2Problem
     alpha: str
-    here: Mapping[Tactic, Entry]
-    near: Sequence[tuple[Fc2Problem, Mapping[Tactic, Entry]]]
+    points: Mapping[int, Mapping[Tactic, Entry]]
+    timed: Sequence[Tactic]
     exact: bool
     by_user: bool
     failures: Mapping[Tactic, str]
     model: Optional[Model]
 
-    def timed(self) -> list[Tactic]:
-        """Tactics measured here or near, in a fixed order."""
-        found = {*self.here, *(tactic for _, entries in self.near for tactic in entries)}
-        return sorted(found, key=str)
+    @property
+    def here(self) -> Mapping[Tactic, Entry]:
+        """Entries of exactly this m."""
+        return self.points.get(self.problem.m, {})
 
     def winners(self, backend: str) -> set[Tactic]:
-        """A backend's fastest tactic at each neighbour."""
-        own = [{t: e.seconds for t, e in entries.items() if t.backend == backend} for _, entries in self.near]
-        return {min(times, key=lambda t: times[t]) for times in own if times}
+        """A backend's fastest tactic at the nearest measured token counts below and above this m."""
+        own = {m: {t: e.seconds for t, e in at.items() if t.backend == backend} for m, at in self.points.items()}
+        return {min(own[m], key=lambda t: own[m][t]) for m in self._around([m for m in own if own[m]])}
+
+    def _around(self, ms: Sequence[int]) -> list[int]:
+        """Of ascending token counts the nearest below and the nearest above this problem's."""
+        return [m for m in ms if m < self.problem.m][-1:] + [m for m in ms if m > self.problem.m][:1]
 
     def estimate(self, tactic: Tactic) -> Optional[Estimate]:
         """The best knowledge of a tactic's time; None where there is none."""
         entry = self.here.get(tactic)
         if entry is not None:
             return Estimate(entry.seconds, "measured" if self.exact else "interpolated", entry.alpha, "here", entry)
-        known = [(problem, entries[tactic]) for problem, entries in self.near if tactic in entries]
-        alpha = known[0][1].alpha if known else self.alpha
+        near = self._around([m for m, entries in self.points.items() if tactic in entries])
+        known = [self.points[m][tactic] for m in near]
+        alpha = known[0].alpha if known else self.alpha
         base = self._predict(self.problem, tactic, alpha)
         if not known:
             return None if base is None else Estimate(base, "model", alpha, "")
         # What the model misses at the neighbours, it is taken to miss here in proportion. Without a model this is
         # interpolation of the times, straight in log time over log tokens.
-        predictions = [self._predict(problem, tactic, alpha) for problem, _ in known]
+        predictions = [self._predict(replace(self.problem, m=m), tactic, alpha) for m in near]
         if base is None or None in predictions:
             base, predictions = 1.0, [1.0] * len(known)
-        residuals = [math.log(e.seconds / prediction) for (_, e), prediction in zip(known, predictions)]
+        residuals = [math.log(entry.seconds / prediction) for entry, prediction in zip(known, predictions)]
         if len(known) == 1:
             return Estimate(base * math.exp(residuals[0]), "model", alpha, "one side")
-        low, high = (math.log(problem.m) for problem, _ in known)
+        low, high = (math.log(m) for m in near)
         share = (math.log(self.problem.m) - low) / (high - low)
         seconds = base * math.exp(residuals[0] * (1 - share) + residuals[1] * share)
         return Estimate(seconds, "interpolated", alpha, "both sides")
