@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-import cutlass.utils as utils
 import cutlass.utils.blackwell_helpers as sm100
 import cutlass.utils.blockscaled_layout as blockscaled
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
 
 from backends.cute import budget
 from backends.cute.budget import CuteTactic
@@ -115,7 +116,7 @@ class Fc2Kernel:
         smem_sfa = blockscaled.make_smem_layout_sfa(mma, self.mma_tile, SCALE_BLOCK, stages)
         smem_sfb = blockscaled.make_smem_layout_sfb(mma, self.mma_tile, SCALE_BLOCK, stages)
         smem_out = sm100.make_smem_layout_epi(
-            self.out_type, utils.LayoutEnum.ROW_MAJOR, self.store_tile, budget.EPILOGUE_WARPS
+            self.out_type, LayoutEnum.ROW_MAJOR, self.store_tile, budget.EPILOGUE_WARPS
         )
 
         op_a = sm100.cluster_shape_to_tma_atom_A(self.cluster, mma.thr_id)
@@ -204,7 +205,7 @@ class Fc2Kernel:
         coord = (x % self.pair_size, x // self.pair_size, y, 0)
         coord_sfb = (0, x, y, 0)
 
-        smem = utils.SmemAllocator().allocate(self.storage)
+        smem = SmemAllocator().allocate(self.storage)
         stage = (
             smem.a.get_tensor(smem_a.outer, swizzle=smem_a.inner),
             smem.b.get_tensor(smem_b.outer, swizzle=smem_b.inner),

@@ -1,0 +1,124 @@
+"""The SM100 kernel, executed on the emulator with every race check on and held to the elementwise float64 bar.
+
+The quick selection touches every tile, cluster, K tile, output type and division of the work once; `-m full` runs the
+grid of each against all token counts and the other sizes in rotation.
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+
+from backends.cute import budget
+from backends.cute.budget import STREAM_K, CuteTactic
+from tests import cute_emulation as emulation
+from tests.reference import ALPHA_KINDS
+
+TACTICS = [
+    tactic
+    for tile, tile_k, cluster in itertools.product(budget.TILES, budget.TILE_KS, budget.CLUSTERS)
+    if budget.check_tactic(tactic := CuteTactic(*tile, tile_k, *cluster))
+]
+TOKENS = (1, 8, 127, 128, 129, 160, 200, 255, 256, 257, 384)
+# 8 * 125 and 8 * 65: rows of a multiple of 16 bytes that end inside a tile, and inside a swizzle row.
+HIDDEN = (64, 192, 256, 520, 1000)
+INTERMEDIATE = (256, 512, 1024)
+EXPERTS = (1, 3, 4, 8, 17)
+SPLITS = (1, 2, 4, 3, STREAM_K)
+OUT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def name(tactic: CuteTactic) -> str:
+    return f"{tactic.tile_m}x{tactic.tile_n}x{tactic.tile_k}@{tactic.cluster_m}x{tactic.cluster_n}s{tactic.split_k}"
+
+
+def test_thirty_eight_tactics() -> None:
+    # Five tiles, of which the two pair tiles take the two clusters with an even M; two K tiles.
+    assert len(TACTICS) == 2 * (3 * 5 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("tactic", "m", "n", "intermediate", "experts", "alpha_kind", "out_dtype"),
+    [
+        (CuteTactic(128, 64, 256, 1, 1), 200, 192, 512, 3, "dense", "bfloat16"),
+        (CuteTactic(128, 64, 128, 1, 4, split_k=2), 129, 520, 128, 3, "top_k", "float32"),
+        (CuteTactic(128, 128, 256, 1, 1, split_k=STREAM_K), 257, 520, 256, 4, "dense", "bfloat16"),
+        (CuteTactic(128, 128, 128, 2, 2, split_k=3), 255, 192, 256, 4, "one_hot", "float16"),
+        (CuteTactic(128, 128, 256, 1, 2, split_k=2), 8, 1000, 256, 8, "top_k", "bfloat16"),
+        (CuteTactic(128, 256, 256, 1, 1), 127, 520, 1024, 3, "dense", "bfloat16"),
+        (CuteTactic(128, 256, 128, 2, 1, split_k=STREAM_K), 384, 520, 128, 3, "ragged", "float32"),
+        (CuteTactic(256, 128, 256, 2, 1), 128, 256, 256, 17, "dense", "bfloat16"),
+        (CuteTactic(256, 128, 128, 2, 2), 257, 520, 256, 1, "dense", "float16"),
+        (CuteTactic(256, 128, 256, 2, 1, split_k=STREAM_K), 160, 520, 256, 8, "dense", "bfloat16"),
+        (CuteTactic(256, 256, 256, 2, 1), 1, 520, 256, 3, "dense", "float32"),
+        (CuteTactic(256, 256, 128, 2, 2, split_k=2), 256, 1000, 128, 4, "zero", "bfloat16"),
+    ],
+    ids=lambda value: name(value) if isinstance(value, CuteTactic) else None,
+)
+def test_kernel(tactic, m, n, intermediate, experts, alpha_kind, out_dtype) -> None:
+    emulation.run(
+        tactic, m, n, intermediate, experts, alpha_kind=alpha_kind, out_dtype=out_dtype, schedule="lazy", sms=16
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tactic", TACTICS, ids=name)
+def test_kernel_grid(tactic) -> None:
+    index = TACTICS.index(tactic)
+    for i, m in enumerate(TOKENS, start=index):
+        experts = EXPERTS[i % len(EXPERTS)]
+        split_k = SPLITS[i // 2 % len(SPLITS)]
+        intermediate = 128 if tactic.tile_k == 128 and i % 4 == 3 else INTERMEDIATE[i % len(INTERMEDIATE)]
+        emulation.run(
+            replace(tactic, split_k=min(split_k, experts)), m, HIDDEN[(i + index) % len(HIDDEN)], intermediate, experts,
+            alpha_kind=ALPHA_KINDS[i % len(ALPHA_KINDS)], out_dtype=OUT_DTYPES[i % len(OUT_DTYPES)], seed=i,
+            schedule=("eager", "lazy", "random")[i % 3], sms=(148, 12)[i % 2],
+        )
+
+
+def equal_under_schedules(tactic: CuteTactic, seeds: range) -> None:
+    problem = emulation.problem_of(200, 264, 256, 4)
+    a, b = emulation.make_operands(problem.m, problem.n, problem.k, 0)
+    alpha = emulation.make_alpha("dense", problem.m, problem.experts, torch.Generator().manual_seed(1))
+    outs = []
+    for seed in seeds:
+        out = torch.full((problem.m, problem.n), float("nan"), dtype=problem.out_dtype)
+        emulation.launch(tactic, problem, a, b, alpha, out, schedule="random", seed=seed, sms=16, concurrent=4)
+        outs.append(out.view(torch.int16))
+    emulation.assert_meets_bar(outs[0].view(problem.out_dtype), *emulation.reference(a, b, alpha))
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_schedules_do_not_change_bits() -> None:
+    equal_under_schedules(CuteTactic(256, 128, 256, 2, 1, split_k=STREAM_K), range(3))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "tactic",
+    [
+        CuteTactic(*tile, 256, *cluster, split_k=split_k)
+        for tile, cluster, split_k in itertools.product(budget.TILES, ((1, 1), (1, 2), (2, 1), (2, 2)), (1, 3, STREAM_K))
+        if budget.check_tactic(CuteTactic(*tile, 256, *cluster))
+    ],
+    ids=name,
+)
+def test_ten_schedules_do_not_change_bits(tactic) -> None:
+    equal_under_schedules(tactic, range(10))
+
+
+def test_pdl_computes_the_same() -> None:
+    plain, _ = emulation.run(CuteTactic(), 8, 64, 256, 2)
+    dependent, _ = emulation.run(CuteTactic(pdl=True), 8, 64, 256, 2)
+    assert torch.equal(plain, dependent)
+
+
+def test_stream_k_uses_every_sm() -> None:
+    # Two tiles of eight experts on five SMs: parts of three or four experts, three of which cross no tile border.
+    _, report = emulation.run(CuteTactic(split_k=STREAM_K), 8, 256, 256, 8, sms=5)
+    assert report.launches[0].grid == (1, 1, 5)
+    assert report.counter("tcgen05.commit") == 16 + 16  # one per expert, and one per K tile to free its stage
