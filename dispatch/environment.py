@@ -99,7 +99,7 @@ def kernel_fingerprint(backend: type[Fc2Backend]) -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
                 if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-                    body[0].value = ast.Constant("")
+                    node.body = body[1:] or [ast.Pass()]
         digest.update(f"{file.name}\n{ast.unparse(tree)}\n".encode())
     return digest.hexdigest()[:12]
 
