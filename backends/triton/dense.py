@@ -3,19 +3,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from backends.triton.fragments import decode_activations, decode_weights, load1, load4
+from backends.triton.fragments import decode_activations, decode_weights, load1, load4, prefetch
+
+# Chunks by which the second-level cache is ahead of the registers.
+AHEAD = gl.constexpr(5)
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def fc2_dense(
-    a_data, a_scale, w_data, w_scale, alpha_t, counts, parts, tokens, tiles,
+    a_data, a_scale, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
     TOKENS: gl.constexpr, SLOTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """An equal share of all (tile, chunk) units per program; a tile is 16 * WARPS rows of B x TOKENS tokens.
 
     Args:
-        alpha_t: float32 [EXPERTS, tokens].
+        alpha_t: float32 [EXPERTS, columns], zero past the last token.
         parts: float32 [tiles, SLOTS, TOKENS, 16 * WARPS] of part sums (2^-16 of them), one slot per program of a tile.
         tiles: row tiles times token tiles, token tiles of one row tile side by side.
     """
@@ -55,11 +58,11 @@ def fc2_dense(
         for step in range(0, count, 2):
             at = first + step
             total, words, codes = _chunk(
-                total, words, codes, even, odd, acts, weights, alpha_t, column, at, first + count, token0, tokens, thread,
+                total, words, codes, even, odd, acts, weights, alpha_t, column, at, first + count, token0, tokens, columns, thread,
                 EXPERTS, INNER, A_SWIZZLED, TOKENS, WARPS, ACC,
             )  # fmt: skip
             total, words, codes = _chunk(
-                total, words, codes, odd, even, acts, weights, alpha_t, column, at + 1, first + count, token0, tokens, thread,
+                total, words, codes, odd, even, acts, weights, alpha_t, column, at + 1, first + count, token0, tokens, columns, thread,
                 EXPERTS, INNER, A_SWIZZLED, TOKENS, WARPS, ACC,
             )  # fmt: skip
         slot = program - _program_of(tile * CHUNKS, units, programs)
@@ -78,7 +81,7 @@ def _program_of(unit, units, programs):
 
 @gluon.jit
 def _chunk(
-    total, words, codes, shared, other, acts, weights, alpha_t, column, at, end, token0, tokens, thread,
+    total, words, codes, shared, other, acts, weights, alpha_t, column, at, end, token0, tokens, columns, thread,
     EXPERTS: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     """One chunk of 256 values from `shared`; meanwhile the next chunk's activations go to `other`."""
@@ -89,6 +92,7 @@ def _chunk(
     partial = gl.full([16 * WARPS, TOKENS], 0.0, gl.float32, ACC)
     turn = (thread // 32 % 2) * 8
     wanted = (at + 1 < end).to(gl.int32) + thread * 0
+    prefetch(weights[2] + (at + AHEAD).to(gl.int64) * weights[3], ((at + AHEAD < end) & weights[4]).to(gl.int32))
     following = weights[0] + (at + 1) * 1024
     ahead = ()
     # Each quarter's registers take the next chunk's words as soon as they are decoded.
@@ -102,8 +106,9 @@ def _chunk(
     scale_ahead = load4(weights[1] + (at + 1) * 128, wanted)
     _store_activations(other, codes, TOKENS, WARPS)
     later = _load_activations(acts, at + 2, at + 2 < end, token0, tokens, thread, EXPERTS * INNER, A_SWIZZLED, TOKENS, WARPS)
-    inside = (column < tokens) & (at < end)
-    alpha = gl.load(alpha_t + (at // (INNER // 256)) * tokens + column, mask=inside, other=0.0)
+    # Past the end the weights read as zero.
+    expert = gl.minimum(at, end - 1) // (INNER // 256)
+    alpha = gl.load(alpha_t + expert * columns + column)
     partial = warpgroup_mma_wait(0, deps=[partial])
     return total + partial * alpha[None, :], (ahead, scale_ahead), later
 
@@ -113,7 +118,14 @@ def _weight_pointers(w_data, w_scale, tile, thread, K: gl.constexpr, WARPS: gl.c
     lane = thread % 32
     warp = thread // 32
     block = (tile * (WARPS // 2) + warp // 2).to(gl.int64)
-    return w_data + block * (32 * K // 8) + (warp % 2) * 128 + lane * 4, w_scale + block * (32 * K // 64) + lane * 4
+    # One line of the tile's chunk per thread for the prefetch: 32 of data, then 4 of scale factors, per 32 rows.
+    row = (tile * (WARPS // 2) + thread // 36).to(gl.int64)
+    line = thread % 36
+    lines = gl.where(line < 32, w_data + row * (32 * K // 8) + line * 32, w_scale + row * (32 * K // 64) + (line - 32) * 32)
+    return (
+        w_data + block * (32 * K // 8) + (warp % 2) * 128 + lane * 4, w_scale + block * (32 * K // 64) + lane * 4,
+        lines, gl.where(line < 32, 1024, 128), thread < 18 * WARPS,
+    )  # fmt: skip
 
 
 @gluon.jit

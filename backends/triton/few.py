@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import decode_activations, load1, load4, multiply1
+from backends.triton.fragments import decode_activations, load1, load4, multiply1, prefetch
 
 
 @gluon.jit
@@ -14,7 +14,7 @@ def _sum(x, y):
 def fc2_few(
     a_data, a_scale, w_data, w_scale, alpha, out, lists, tokens, hidden,
     EXPERTS: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
-    BLOCKS: gl.constexpr, GROUPS: gl.constexpr, DEPTH: gl.constexpr,
+    BLOCKS: gl.constexpr, GROUPS: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """32 * BLOCKS rows of B per program of 4 * GROUPS warps.
 
@@ -82,11 +82,22 @@ def fc2_few(
         stages = stages + (
             _fetch(selected, stage * GROUPS + group, steps, weights, tokens_of, zero, K, CHUNKS, scale_step, BLOCKS),
         )
+    # One line per thread of what its group fetches AHEAD steps later: 32 of data, then 4 of scale factors, per block.
+    line = thread % 128
+    block = program.to(gl.int64) * BLOCKS + line // 36
+    lines = gl.where(
+        line % 36 < 32, w_data + block * (32 * K // 8) + line % 36 * 32, w_scale + block * (32 * K // 64) + (line % 36 - 32) * 32
+    )
+    line_step = gl.where(line % 36 < 32, 1024, 128).to(gl.int64)
+    has_line = (line < 36 * BLOCKS).to(gl.int32)
+    far = _chunk_of(selected, (DEPTH + AHEAD) * GROUPS + group, steps, CHUNKS)
     for first in range(0, steps, DEPTH * GROUPS):
         ahead = ()
         for stage in gl.static_range(DEPTH):
             total = _accumulate(total, stages[stage], zero, BLOCKS)
             step = first + (DEPTH + stage) * GROUPS + group
+            prefetch(lines + far * line_step, has_line * (step + AHEAD * GROUPS < steps).to(gl.int32))
+            far = _chunk_of(selected, step + (AHEAD + 1) * GROUPS, steps, CHUNKS)
             ahead = ahead + (_fetch(selected, step, steps, weights, tokens_of, zero, K, CHUNKS, scale_step, BLOCKS),)
         stages = ahead
 
@@ -107,6 +118,11 @@ def fc2_few(
     n = program * (32 * BLOCKS) + (i // 4) * 16 + ((i % 4) // 2) * 8 + lane // 4
     m = 2 * (lane % 4) + i % 2
     gl.store(out + m * hidden + n, sums.to(out.dtype.element_ty), mask=(m < tokens) & (n < hidden))
+
+
+@gluon.jit
+def _chunk_of(selected, step, steps, CHUNKS: gl.constexpr):
+    return gl.load(selected + step // CHUNKS, mask=step < steps, other=0) * CHUNKS + step % CHUNKS
 
 
 @gluon.jit

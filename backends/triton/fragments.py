@@ -46,6 +46,15 @@ def load1(pointer, wanted):
     return gl.inline_asm_elementwise(_LOAD1, "=&r,l,r", [pointer.to(gl.int64), wanted], gl.int32, False, 1)
 
 
+@gluon.jit
+def prefetch(pointer, wanted):
+    """Bring the 128-byte line at each wanted pointer into the second-level cache."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [pointer.to(gl.int64), wanted], gl.int32, False, 1,
+    )  # fmt: skip
+
+
 def _activation_asm() -> str:
     """$0..$7 = b0, b1 of steps 0..3 from two words of e2m1 codes ($8, $9) and one e4m3 byte ($10).
 

@@ -2,20 +2,24 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import load1, load4, load4_shared, multiply1, multiply2
+from backends.triton.fragments import load4, load4_shared, multiply1, multiply2, prefetch
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def fc2_routed(
-    w_data, w_scale, gathered, counts, active, token_of, weight_of, sums, tokens,
-    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr,
+    w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens,
+    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of B and every SETS-th used expert per program of 4 warps.
 
     Warp w owns rows 16w .. 16w+15 of the tile and alone reads and writes their sums, one expert after the other, so
     that the order of additions is fixed without atomics. The sums of a program fit the second-level cache.
 
+    The weights are in the second-level cache AHEAD steps, and in registers one step, before their use.
+
     Args:
+        gathered, counts, token_of, weight_of: of `plan.gather_tokens`.
+        lists: int32 [SETS, tiles, EXPERTS] of scratch.
         sums: float32 [SETS, tiles, tokens, 64]; 2^-16 of the part sums.
     """
     THREADS: gl.constexpr = 128
@@ -24,8 +28,8 @@ def fc2_routed(
     K: gl.constexpr = EXPERTS * INNER
     CHUNKS: gl.constexpr = INNER // 256
     e = gl.arange(0, EXPERTS_PADDED, layout=LINE)
-    pairs = gl.sum(gl.load(counts + e, mask=e < EXPERTS, other=0), 0)
-    if pairs * 4 > tokens * EXPERTS:
+    uses = gl.load(counts + e, mask=e < EXPERTS, other=0)
+    if gl.sum(uses, 0) * 4 > tokens * EXPERTS:
         return
     tile = gl.program_id(0)
     part = gl.program_id(1)
@@ -35,6 +39,7 @@ def fc2_routed(
     warp = thread // 32
     t = lane % 4
     block = tile * 2 + warp // 2
+    w_lines, s_lines = w_data, w_scale
     w_data += block.to(gl.int64) * (32 * K // 8) + (warp % 2) * 128 + lane * 4
     w_scale += block.to(gl.int64) * (32 * K // 64) + lane * 4
     turn = (warp % 2) * 8
@@ -46,25 +51,46 @@ def fc2_routed(
     quad = gl.arange(0, THREADS, layout=gl.SliceLayout(1, QUAD))[:, None] * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))[None, :]
     for first in range(0, tokens, 8):
         gl.store(sums + first * 64 + quad, gl.full([THREADS, 4], 0.0, gl.float32, QUAD), mask=first + quad // 64 < tokens)
+    active = lists + (part * tiles + tile) * EXPERTS
+    used = (uses > 0).to(gl.int32)
+    gl.store(active + gl.associative_scan(used, 0, _sum) - used, e, mask=used != 0)
+    steps = gl.sum(used, 0) * CHUNKS
     gl.thread_barrier()
     sums += warp * 16 + lane // 4
 
-    steps = gl.load(active) * CHUNKS
-    lists = (active, counts, token_of + 2 * t, weight_of + 2 * t, 2 * t)
-    at = _locate(lists, part, steps, tokens, CHUNKS)
-    words = _weights(w_data, w_scale, at[0] * CHUNKS + part % CHUNKS, always)
+    # Each warp of a pair that shares 32 rows prefetches half of their chunk: 36 lines of 128 bytes.
+    line = warp % 2 * 18 + lane
+    lines = gl.where(
+        line < 32, w_lines + block.to(gl.int64) * (32 * K // 8) + line * 32,
+        s_lines + block.to(gl.int64) * (32 * K // 64) + (line - 32) * 32,
+    )  # fmt: skip
+    line_step = gl.where(line < 32, 1024, 128).to(gl.int64)
+    has_line = (lane < 18).to(gl.int32)
+    queue = ()
+    for i in gl.static_range(AHEAD + 1):
+        queue = queue + (_expert(active, part + i * SETS, steps, CHUNKS),)
+        if i > 0:
+            prefetch(lines + (queue[i] * CHUNKS + (part + i * SETS) % CHUNKS) * line_step, has_line)
+    lists = (counts, token_of + 2 * t, weight_of + 2 * t)
+    uses_now = _uses(lists, queue[0], tokens, part < steps)
+    words = _weights(w_data, w_scale, queue[0] * CHUNKS + part % CHUNKS, always)
     for step in range(part, steps, SETS):
-        expert, count, pair = at
-        at = _locate(lists, step + SETS, steps, tokens, CHUNKS)
+        expert = queue[0]
+        count, listed = uses_now
         x, scale = words
-        following = at[0] * CHUNKS + (step + SETS) % CHUNKS
-        words = _weights(w_data, w_scale, following, always * (step + SETS < steps).to(gl.int32))
+        inside = step + SETS < steps
+        words = _weights(w_data, w_scale, queue[1] * CHUNKS + (step + SETS) % CHUNKS, always * inside.to(gl.int32))
+        uses_now = _uses(lists, queue[1], tokens, inside)
+        far = step + AHEAD * SETS
+        prefetch(lines + (queue[AHEAD] * CHUNKS + far % CHUNKS) * line_step, has_line * (far < steps).to(gl.int32))
+        queue = _shifted(queue, _expert(active, far + SETS, steps, CHUNKS), AHEAD)
         s = (_turned(scale[0], turn), _turned(scale[1], turn), _turned(scale[2], turn), _turned(scale[3], turn))
         slots = expert.to(gl.int64) * tokens
         rows = gathered + (slots + lane // 4) * (INNER // 2) + (step % CHUNKS) * 128 + t * 4
         for first in range(0, count, 16):
             if first > 0:
-                pair = _pair(lists, slots + first, count - first)
+                listed = _listed(lists, slots + first)
+            pair = _pair(listed, 2 * t, count - first)
             old = _old_sums(sums, pair)
             b = _activations(rows, first, count, lane, INNER)
             if count - first <= 8:
@@ -73,7 +99,7 @@ def fc2_routed(
                     p = multiply1(p, x[q], s[q], b[q], 0)
                 _new_sums(sums, old, pair, p)
             else:
-                pair2 = _pair(lists, slots + first + 8, count - first - 8)
+                pair2 = _pair(_listed(lists, slots + first + 8), 2 * t, count - first - 8)
                 c = _activations(rows, first + 8, count, lane, INNER)
                 old2 = _old_sums(sums, pair2)
                 wide = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -85,24 +111,41 @@ def fc2_routed(
 
 
 @gluon.jit
-def _locate(lists, step, steps, tokens, CHUNKS: gl.constexpr):
-    """The expert of a step, how many tokens it has, and this thread's two of the first 8."""
-    active, counts = lists[0], lists[1]
-    inside = step < steps
-    expert = gl.load(active + 1 + step // CHUNKS, mask=inside, other=0)
-    count = gl.load(counts + expert, mask=inside, other=0)
-    return expert, count, _pair(lists, expert.to(gl.int64) * tokens, count)
+def _sum(x, y):
+    return x + y
 
 
 @gluon.jit
-def _pair(lists, slot, left):
-    """This thread's two tokens of the 8 from a slot on: offsets into the sums (-1 past the last token), and alpha."""
-    token_of, weight_of, mine = lists[2], lists[3], lists[4]
-    row0 = gl.load(token_of + slot, mask=mine < left, other=-1)
-    row1 = gl.load(token_of + slot + 1, mask=mine + 1 < left, other=-1)
-    weight0 = gl.load(weight_of + slot, mask=mine < left, other=0.0)
-    weight1 = gl.load(weight_of + slot + 1, mask=mine + 1 < left, other=0.0)
-    return row0, row1, weight0, weight1
+def _expert(active, step, steps, CHUNKS: gl.constexpr):
+    return gl.load(active + step // CHUNKS, mask=step < steps, other=0)
+
+
+@gluon.jit
+def _shifted(queue, last, LENGTH: gl.constexpr):
+    shifted = ()
+    for i in gl.static_range(LENGTH):
+        shifted = shifted + (queue[i + 1],)
+    return shifted + (last,)
+
+
+@gluon.jit
+def _uses(lists, expert, tokens, inside):
+    """How many tokens an expert has, and what its list says of this thread's two of the first 8, valid or not."""
+    count = gl.load(lists[0] + expert, mask=inside, other=0)
+    return count, _listed(lists, expert.to(gl.int64) * tokens)
+
+
+@gluon.jit
+def _listed(lists, slot):
+    """This thread's two entries of the 8 from a slot on: tokens, and alpha."""
+    token_of, weight_of = lists[1], lists[2]
+    return gl.load(token_of + slot), gl.load(token_of + slot + 1), gl.load(weight_of + slot), gl.load(weight_of + slot + 1)
+
+
+@gluon.jit
+def _pair(listed, mine, left):
+    """The entries with row -1 past the last token. Apart from the loads, so that nothing waits for the count."""
+    return gl.where(mine < left, listed[0], -1), gl.where(mine + 1 < left, listed[1], -1), listed[2], listed[3]
 
 
 @gluon.jit
