@@ -2,6 +2,7 @@
 
 Commands: none (the shoot-out), `compare`, `b200`, `import`, `model`; each takes --help.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from typing import Optional, Sequence
 
 from bench import options as command_line
-from bench import outputs, shootout
+from bench import laptop, outputs, shootout
 from bench.progress import Progress
 from bench.timing import UnavailableMethod
 
@@ -37,7 +38,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UnavailableMethod as error:
         parser.error(str(error))
     outputs.emit(results, arguments)
+    if options.device.type == "cpu" and not results.interrupted and _is_default(arguments):
+        with Progress() as progress:
+            text = laptop.render(progress)
+        print(f"\n{text}")
     return 130 if results.interrupted else 0
+
+
+def _is_default(arguments: argparse.Namespace) -> bool:
+    """Whether the command line leaves open what to compute and who takes part."""
+    return all(getattr(arguments, name) is None for name in ("shape", "m", "n", "k", "experts", "alpha", "backends"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ First every tactic of the CuTe backend is checked on the chip against float64, e
 without harm; then those that passed are timed at the published tables' token counts and set beside the published times.
 `python -m bench import FILE` makes the file the measured table that the package ships.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -65,7 +66,13 @@ def check_tactics(
                 worker = worker or WorkerProcess()
                 try:
                     if not ready:
-                        setup = {"do": "setup", "problem": problem.to_json(), "alpha": alpha, "device": device, "backends": []}
+                        setup = {
+                            "do": "setup",
+                            "problem": problem.to_json(),
+                            "alpha": alpha,
+                            "device": device,
+                            "backends": [],
+                        }
                         _ask(worker, setup, _SETUP_SECONDS, "inputs could not be made")
                         ready = True
                 except WorkerDied as death:
@@ -91,21 +98,27 @@ def _ask(worker: WorkerProcess, request: Mapping, seconds: float, what: str) -> 
 
 
 def beside_published(rows: Sequence[Row]) -> str:
-    """A table of the published configurations: published before and after, and the best of ours with the same fields."""
+    """The published configurations: times published before and after, and the best of ours with the same fields."""
     lines = []
     for entry in sorted(published_entries(), key=lambda e: (e.source, str(e.tactic), e.problem.m)):
         wanted = {name: getattr(entry.tactic, name) for name in PUBLISHED_FIELDS}
         ours = [
-            row for row in rows
-            if row.ok and _dimensions(row.problem) == _dimensions(entry.problem)
+            row
+            for row in rows
+            if row.ok
+            and _dimensions(row.problem) == _dimensions(entry.problem)
             and all(row.tactic.get(name) == value for name, value in wanted.items())
         ]
         best = min(ours, key=lambda row: row.time.median, default=None)
         before = entry.notes.get("before_us")
         lines.append(
             (
-                entry.source, short_name(entry.tactic), entry.problem.m, "" if before is None else f"{before:.1f}",
-                f"{entry.seconds * 1e6:.1f}", "" if best is None else f"{best.time.median:.1f}",
+                entry.source,
+                short_name(entry.tactic),
+                entry.problem.m,
+                "" if before is None else f"{before:.1f}",
+                f"{entry.seconds * 1e6:.1f}",
+                "" if best is None else f"{best.time.median:.1f}",
                 "" if best is None else f"{entry.seconds * 1e6 / best.time.median:.2f}",
                 "" if best is None else f"{best.alpha} {best.label}",
             )
@@ -125,7 +138,9 @@ def measure(options: Options, checked_ms: Sequence[int], patience: float, report
     """
     info, shape = DeviceInfo.of(options.device), options.shape
     problems = [
-        Fc2Problem(m, shape.n, shape.k, shape.experts, options.out_dtype, device_type=info.type, capability=info.capability)
+        Fc2Problem(
+            m, shape.n, shape.k, shape.experts, options.out_dtype, device_type=info.type, capability=info.capability
+        )
         for m in checked_ms
     ]
     tactics = [
@@ -135,12 +150,19 @@ def measure(options: Options, checked_ms: Sequence[int], patience: float, report
         for tactic in dict.fromkeys(t for problem in problems for t in registry.get(name).tactics(problem))
     ]
     points = [(problem, str(form)) for form in options.alphas for problem in problems]
-    failures = check_tactics(points, tactics, str(options.device), patience, lambda text, share: report(text, share / 4))
+    failures = check_tactics(
+        points, tactics, str(options.device), patience, lambda text, share: report(text, share / 4)
+    )
     passed = [tactic for tactic in tactics if tactic not in failures]
     baseline = registry.get(BASELINE).tactics(problems[0]) if BASELINE in options.backends else ()
-    results = shootout.run(replace(options, tactics=(*passed, *baseline)), lambda text, share: report(text, 0.25 + 0.75 * share))
+    results = shootout.run(
+        replace(options, tactics=(*passed, *baseline)), lambda text, share: report(text, 0.25 + 0.75 * share)
+    )
     results.environment["checked"] = {
-        "tactics": len(tactics), "failed": len(failures), "ms": list(checked_ms), "alphas": [str(f) for f in options.alphas],
+        "tactics": len(tactics),
+        "failed": len(failures),
+        "ms": list(checked_ms),
+        "alphas": [str(f) for f in options.alphas],
     }
     results.absent += [Absent(short_name(t), reason, t.to_json()) for t, reason in failures.items()]
     return results
@@ -153,8 +175,12 @@ def main(argv: Sequence[str]) -> int:
     )
     command_line.add_arguments(parser)
     parser.add_argument("--out", default="fc2-b200.json", help="the file to send back (default fc2-b200.json)")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds until a tactic counts as hanging (120)")
-    parser.add_argument("--checked-m", type=command_line.integers, default=CHECKED_MS, help="token counts of the check")
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds until a tactic counts as hanging (120)"
+    )
+    parser.add_argument(
+        "--checked-m", type=command_line.integers, default=CHECKED_MS, help="token counts of the check"
+    )
     parser.add_argument("--rehearse", action="store_true", help="run the procedure on whatever device this is")
     parser.set_defaults(m=TIMED_MS, backends="cute,torch", alpha=None)
     arguments = parser.parse_args(argv)
@@ -163,7 +189,10 @@ def main(argv: Sequence[str]) -> int:
         options = replace(options, alphas=(*options.alphas, command_line.AlphaForm("dense")))
     info = DeviceInfo.of(options.device)
     if info.capability not in CAPABILITIES and not arguments.rehearse:
-        print(f"this needs an SM 10.0 or 10.3 GPU; {info.name} is {info.arch} (--rehearse runs it all the same)", file=sys.stderr)
+        print(
+            f"this needs an SM 10.0 or 10.3 GPU; {info.name} is {info.arch} (--rehearse runs it all the same)",
+            file=sys.stderr,
+        )
         return 2
     try:
         with Progress() as progress:
@@ -174,7 +203,9 @@ def main(argv: Sequence[str]) -> int:
     print(tables.render(results))
     print("\n" + beside_published(results.rows))
     checked = results.environment["checked"]
-    print(f"\n{checked['tactics'] - checked['failed']} of {checked['tactics']} tactics are right at M = {checked['ms']}")
+    print(
+        f"\n{checked['tactics'] - checked['failed']} of {checked['tactics']} tactics are right at M = {checked['ms']}"
+    )
     with open(arguments.out, "w", encoding="utf-8") as stream:
         write_json(results, stream)
     print(f"written to {arguments.out}: please send this file back")

@@ -1,4 +1,5 @@
 """Clocks, temperature and throttling of a GPU while it is being timed, through NVML (`nvidia-ml-py`, optional)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 
-# nvml.h, NVML_CLOCKS_EVENT_REASON_*: those that slow a kernel down. Idle and a requested clock limit are not among them.
+# nvml.h, NVML_CLOCKS_EVENT_REASON_*: those that slow a kernel down; not idling, nor a clock limit somebody asked for.
 _THROTTLING = {
     0x04: "software power cap",
     0x08: "hardware slowdown",

@@ -1,4 +1,5 @@
 """`python -m bench compare old.json new.json`: what changed beyond noise, with an exit code for CI."""
+
 from __future__ import annotations
 
 import argparse
@@ -55,12 +56,44 @@ def compare(old: Results, new: Results, margin: float) -> Comparison:
     )
 
 
+def disagreements(one: Results, other: Results, percent: float, us: float) -> tuple[int, list[str]]:
+    """Rows of two timing methods that measured the same: how many, and those that do not agree.
+
+    They agree when the medians differ by no more than the sum of a relative tolerance and an absolute one, for what a
+    method adds to every call.
+    """
+    methods = {row.key[:-1]: row for row in other.rows}  # the timer is the key's last part
+    common, found = 0, []
+    for row in one.rows:
+        match = methods.get(row.key[:-1])
+        if match is None:
+            continue
+        common += 1
+        first, second = row.time.median, match.time.median
+        if abs(first - second) > percent / 100 * min(first, second) + us:
+            found.append(
+                f"M={row.problem.m} {row.alpha} {row.label}: {row.timer} {first:.1f} us, {match.timer} {second:.1f} us"
+            )
+    return common, found
+
+
+def _report_agreement(one: Results, other: Results, percent: float, us: float) -> int:
+    common, found = disagreements(one, other, percent, us)
+    print("\n".join([*found, f"{common - len(found)} of {common} rows agree within {percent:g}% + {us:g} us"]))
+    return UNUSABLE if not common else int(bool(found))
+
+
 def render(comparison: Comparison, show_all: bool = False) -> str:
     """A table of what changed, and a summary."""
     rows = [
         (
             {"slower": "-", "faster": "+", "same": ""}[verdict],
-            new.problem.m, new.alpha, new.label, f"{old.time.median:.1f}", f"{new.time.median:.1f}", f"{100 * relative:+.1f}%",
+            new.problem.m,
+            new.alpha,
+            new.label,
+            f"{old.time.median:.1f}",
+            f"{new.time.median:.1f}",
+            f"{100 * relative:+.1f}%",
             "throttled" if old.throttled or new.throttled else "",
         )
         for old, new, relative, verdict in comparison.pairs
@@ -68,7 +101,9 @@ def render(comparison: Comparison, show_all: bool = False) -> str:
     ]
     parts = []
     if rows:
-        parts.append(tabulate(rows, ("", "M", "alpha", "tactic", "old us", "new us", "change", ""), disable_numparse=True))
+        parts.append(
+            tabulate(rows, ("", "M", "alpha", "tactic", "old us", "new us", "change", ""), disable_numparse=True)
+        )
     for title, found in (
         ("result wrong or not reproducible now", comparison.broken),
         ("in the old file only", comparison.missing),
@@ -76,7 +111,9 @@ def render(comparison: Comparison, show_all: bool = False) -> str:
     ):
         parts += [f"{title}: M={row.problem.m} {row.alpha} {row.label} ({row.timer}, {row.l2} L2)" for row in found]
     verdicts = [verdict for *_, verdict in comparison.pairs]
-    summary = f"{len(verdicts)} rows in both files: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster"
+    summary = (
+        f"{len(verdicts)} rows in both files: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster"
+    )
     if verdicts:
         ratio = geomean([new.time.median / old.time.median for old, new, *_ in comparison.pairs])
         summary += f"; geometric mean of new/old {ratio:.3f}"
@@ -86,12 +123,19 @@ def render(comparison: Comparison, show_all: bool = False) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench compare",
-        description="Compare two results of the shoot-out. Exit code: 0 nothing got worse; 1 a row is slower beyond noise, "
-        "wrong, or gone; 2 the files cannot be compared.",
+        description="Compare two results of the shoot-out. Exit code: 0 nothing got worse; 1 a row is slower beyond "
+        "noise, wrong, or gone; 2 the files cannot be compared.",
     )
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--margin", type=float, default=3.0, help="percent below which no change counts (default 3)")
+    parser.add_argument(
+        "--agree",
+        nargs=2,
+        type=float,
+        metavar=("PERCENT", "US"),
+        help="instead: do two timing methods agree? rows match whatever timed them, and may differ by PERCENT plus US",
+    )
     parser.add_argument("--all", action="store_true", help="show unchanged rows too")
     arguments = parser.parse_args(argv)
     try:
@@ -103,6 +147,8 @@ def main(argv: Sequence[str]) -> int:
     if len(devices) > 1:
         print(f"measured on different devices: {', '.join(sorted(devices))}", file=sys.stderr)
         return UNUSABLE
+    if arguments.agree:
+        return _report_agreement(old, new, *arguments.agree)
     comparison = compare(old, new, arguments.margin / 100)
     print(render(comparison, arguments.all))
     return comparison.exit_code

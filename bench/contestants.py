@@ -1,4 +1,5 @@
 """Who takes part at a problem: pairs of a tactic and a form of the weights, and the reasons of those who do not."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -61,10 +62,7 @@ def absent_backends(names: Sequence[str], device: DeviceInfo) -> list[Absent]:
 
 
 def line_up(
-    problem: Fc2Problem,
-    device: DeviceInfo,
-    options: Options,
-    favourite: Optional[Tactic],
+    problem: Fc2Problem, device: DeviceInfo, options: Options, favourite: Optional[Tactic]
 ) -> tuple[list[Contestant], list[Absent]]:
     """Contestants for a problem, whose `b_layout` says which form of the weights, and who is missing though supported.
 

@@ -1,4 +1,5 @@
 """Kernel start and end times from CUPTI's activity records, through NVIDIA's `cupti-python` (optional)."""
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,5 @@
 """Where a result was measured: device, versions, and the ceilings of the device as measured in the same run."""
+
 from __future__ import annotations
 
 import datetime
@@ -58,14 +59,17 @@ def ceilings(device: torch.device) -> Optional[dict[str, float]]:
     if device.type != "cuda":
         return None
     values = min(1 << 29, torch.cuda.mem_get_info(device)[0] // 16)
-    big, total = torch.ones(values, device=device), torch.empty((), device=device)
-    read = _median_seconds(lambda: torch.sum(big, dim=0, out=total))
-    del big
+    read = _read_seconds(values, device)
     # Random values: on zeros the same product runs faster than real data do.
     left, right = (torch.randn((8192, 8192), device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(left)
     multiply = _median_seconds(lambda: torch.mm(left, right, out=product))
     return {"read_bandwidth": 4 * values / read, "bf16_flops": 2 * 8192**3 / multiply}
+
+
+def _read_seconds(values: int, device: torch.device) -> float:
+    big, total = torch.ones(values, device=device), torch.empty((), device=device)
+    return _median_seconds(lambda: torch.sum(big, dim=0, out=total))
 
 
 def _median_seconds(launch) -> float:

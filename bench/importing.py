@@ -1,4 +1,5 @@
 """`python -m bench import FILE`: make a shoot-out's result part of the measured table that the package ships."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +24,8 @@ SOURCE = "shoot-out"
 def entries(results: Results) -> tuple[list[Entry], list[str]]:
     """Entries for a table, and what was left out, a sentence each.
 
-    A right row becomes a time, a wrong row of a kernel a failure. The baseline's wrong rows (weights cached in bfloat16)
-    are wrong by design and left out, as are skewed alpha, warm caches and rows taken under throttling, which would be
+    A right row becomes a time, a wrong row of a kernel a failure. Left out are the baseline's wrong rows (weights
+    cached in bfloat16: wrong by design), skewed alpha, warm caches, and rows taken under throttling, which would be
     compared with better ones.
     """
     found, left_out = [], []
@@ -61,7 +62,11 @@ def _entry(row: Row, environment: Mapping[str, Any]) -> Entry:
         **environment.get("conditions", {}).get(backend, {}),
     }
     if not row.ok:
-        reason = "not reproducible" if row.error_over_bar <= 1 else f"wrong result: {row.error_over_bar:.3g} times the accuracy bar"
+        reason = (
+            "not reproducible"
+            if row.error_over_bar <= 1
+            else f"wrong result: {row.error_over_bar:.3g} times the accuracy bar"
+        )
         return Entry(problem, row.alpha, tactic, None, source=SOURCE, failure=reason, notes=notes)
     # The table keeps half the distance of the quartiles; a tenth and nine tenths lie further apart, so this is no less.
     return Entry(problem, row.alpha, tactic, row.time.median * 1e-6, row.time.spread / 2, SOURCE, notes=notes)
@@ -95,7 +100,9 @@ def main(argv: Sequence[str]) -> int:
     """Returns 0; 2 where the file cannot be read or holds nothing for a table."""
     parser = argparse.ArgumentParser(prog="python -m bench import", description=__doc__)
     parser.add_argument("file", help="what the shoot-out, or `bench b200`, wrote with --json or --out")
-    parser.add_argument("--into", type=Path, default=SHIPPED, metavar="DIR", help="directory of tables (default the package's)")
+    parser.add_argument(
+        "--into", type=Path, default=SHIPPED, metavar="DIR", help="directory of tables (default the package's)"
+    )
     arguments = parser.parse_args(argv)
     try:
         results = read_results(arguments.file)

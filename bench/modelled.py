@@ -3,6 +3,7 @@
 Nothing is measured here. A prediction with its problem left out comes from a model that has not seen any row of that M,
 which is what it faces where nothing was measured.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,7 +52,10 @@ def predictions(table: Table) -> list[Predicted]:
     }
     rows = []
     for entry in sorted((e for e in table.entries if e.seconds), key=lambda e: (e.alpha, e.problem.m, str(e.tactic))):
-        expected = (model.predict(entry.problem, entry.tactic, entry.alpha), unseen.get((entry.problem, entry.tactic)))
+        expected = (
+            model.predict(entry.problem, entry.tactic, entry.alpha),
+            unseen.get((entry.problem, entry.tactic)),
+        )
         fit, left = (None if seconds is None else seconds * 1e6 for seconds in expected)
         rows.append(Predicted(entry, entry.seconds * 1e6, fit, left, floor_seconds(entry.problem, gpu) * 1e6))
     return rows
@@ -67,15 +71,34 @@ def render(table: Table, rows: Sequence[Predicted]) -> str:
     ]
     for name, family in (fitted(table).model or {}).items():
         tiles = ", ".join(f"{tile} {share:.2f}" for tile, share in sorted(family.compute.items()))
-        parts[0] += f"\n  {name}: fixed {family.fixed * 1e6:.1f} us, memory {family.memory:.2f}, compute by tile: {tiles}"
+        parts[0] += (
+            f"\n  {name}: fixed {family.fixed * 1e6:.1f} us, memory {family.memory:.2f}, compute by tile: {tiles}"
+        )
     lines = [
         (
-            row.entry.problem.m, row.entry.alpha, short_name(row.entry.tactic), row.entry.source, f"{row.us:.1f}",
-            *_with_error(row.fitted, row.us), *_with_error(row.left_out, row.us), f"{row.floor:.1f}",
+            row.entry.problem.m,
+            row.entry.alpha,
+            short_name(row.entry.tactic),
+            row.entry.source,
+            f"{row.us:.1f}",
+            *_with_error(row.fitted, row.us),
+            *_with_error(row.left_out, row.us),
+            f"{row.floor:.1f}",
         )
         for row in rows
     ]
-    headers = ("M", "alpha", "tactic", "source", "measured us", "model us", "error", "left out us", "error", "floor us")
+    headers = (
+        "M",
+        "alpha",
+        "tactic",
+        "source",
+        "measured us",
+        "model us",
+        "error",
+        "left out us",
+        "error",
+        "floor us",
+    )
     parts.append(tabulate(lines, headers, disable_numparse=True, colalign=["right", *["left"] * 3, *["right"] * 6]))
     parts.append(summary(leave_one_out(table)))
     return "\n\n".join(parts)
@@ -99,7 +122,9 @@ def write_plot(pages: Sequence[tuple[Gpu, Sequence[Predicted]]], path: str) -> N
                 axes.plot(*zip(*points), marker, markersize=5, label=name, fillstyle="none")
         ends = [min(row.us for row in rows) * 0.8, max(row.us for row in rows) * 1.25]
         axes.plot(ends, ends, color="black", linewidth=0.8)
-        axes.fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], color="black", alpha=0.08, label="within 10%")
+        axes.fill_between(
+            ends, [0.9 * x for x in ends], [1.1 * x for x in ends], color="black", alpha=0.08, label="within 10%"
+        )
         axes.set(xscale="log", yscale="log", xlabel="measured, us", ylabel="modelled, us", title=f"{gpu.device.name}")
         plots.plain_log_ticks(axes.xaxis)
         plots.plain_log_ticks(axes.yaxis)
@@ -116,7 +141,9 @@ def main(argv: Sequence[str]) -> int:
     tables = shipped_tables()
     gpus = [gpu for name, gpu in GPUS.items() if gpu.device.name in tables and arguments.device in (None, name)]
     if not gpus:
-        print(f"no measured table for {arguments.device or 'any GPU'}; there are: {', '.join(tables)}", file=sys.stderr)
+        print(
+            f"no measured table for {arguments.device or 'any GPU'}; there are: {', '.join(tables)}", file=sys.stderr
+        )
         return 2
     if arguments.plot:
         try:

@@ -1,4 +1,5 @@
 """The command line of the shoot-out: parsing, and defaults by device."""
+
 from __future__ import annotations
 
 import argparse
@@ -20,9 +21,9 @@ CPU_SHAPE = Shape("cpu-small", n=1024, intermediate=256, experts=32, top_k=8)
 GPU_SHAPE = SHAPES["deepseek-v3-tp8"]
 #: Token counts of the published tables, and a few for a CPU.
 GPU_MS = tuple(range(32, 385, 32))
-CPU_MS = (1, 8, 32, 128)
+CPU_MS = (1, 32, 128)
 #: Seconds of timing per token count.
-GPU_BUDGET, CPU_BUDGET = 20.0, 4.0
+GPU_BUDGET, CPU_BUDGET = 20.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Options:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """From "1,8,32:128:32": numbers and first:last[:step] ranges that include their last, ascending, without repetition.
+    """From "1,8,32:128:32": numbers and first:last[:step] ranges (last included), ascending, each once.
 
     Raises:
         argparse.ArgumentTypeError: anything else, or a number below 1.
@@ -112,12 +113,17 @@ def _alpha(text: str) -> AlphaForm:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to compute")
     what.add_argument("--shape", choices=sorted(SHAPES), help=f"weights by model; default {GPU_SHAPE.name} on a GPU")
-    what.add_argument("--m", type=integers, metavar="LIST", help="token counts: 1,8,32:384:32; default 32:384:32 on a GPU")
+    what.add_argument(
+        "--m", type=integers, metavar="LIST", help="token counts: 1,8,32:384:32; default 32:384:32 on a GPU"
+    )
     what.add_argument("--n", type=int, help="hidden size, instead of the shape's")
     what.add_argument("--k", type=int, help="reduction length over all experts, instead of the shape's")
     what.add_argument("--experts", type=int, help="number of experts, instead of the shape's")
     what.add_argument(
-        "--alpha", type=_alpha, action="append", metavar="FORM",
+        "--alpha",
+        type=_alpha,
+        action="append",
+        metavar="FORM",
         help="topk:8 (default: the shape's top-k), skewed:8 or dense; may be repeated",
     )
     what.add_argument("--out-dtype", choices=list(OUT_DTYPES), default="bfloat16")
@@ -126,14 +132,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group("who takes part")
     who.add_argument("--backends", help="comma-separated names; default all")
     who.add_argument("--all-tactics", action="store_true", help="every tactic, not only each backend's default")
-    who.add_argument("--tile", type=pair, action="append", metavar="M,N", help="tactics with tile_m, tile_n; may be repeated")
+    who.add_argument(
+        "--tile", type=pair, action="append", metavar="M,N", help="tactics with tile_m, tile_n; may be repeated"
+    )
     who.add_argument("--cluster", type=pair, action="append", metavar="M,N", help="tactics with cluster_m, cluster_n")
     who.add_argument("--split-k", type=integers, metavar="LIST", help="tactics with this split_k (split in Triton)")
-    who.add_argument("--tactic", type=pin, action="append", metavar="FIELD=VALUE", help="tactics with this value in this field")
-    who.add_argument("--peer", action="append", metavar="MODULE", help="import a module that registers a further backend")
+    who.add_argument(
+        "--tactic", type=pin, action="append", metavar="FIELD=VALUE", help="tactics with this value in this field"
+    )
+    who.add_argument(
+        "--peer", action="append", metavar="MODULE", help="import a module that registers a further backend"
+    )
     how = parser.add_argument_group("how to time")
     how.add_argument("--timer", choices=("auto", *METHODS), default="auto", help="default the best available")
-    how.add_argument("--warm-l2", action="store_true", help="one input set, no flush; default rotates inputs and flushes")
+    how.add_argument(
+        "--warm-l2", action="store_true", help="one input set, no flush; default rotates inputs and flushes"
+    )
     how.add_argument("--warmup", type=int, default=10)
     how.add_argument("--iterations", type=int, default=50)
     how.add_argument("--budget", type=float, metavar="S", help="seconds of timing per token count at most")

@@ -1,4 +1,5 @@
 """Where results go: the terminal, JSON, CSV, Markdown, an HTML page, a picture."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", metavar="FILE", help="everything, for `compare`, `import` and other programs")
     group.add_argument("--csv", metavar="FILE", help="one line a row")
     group.add_argument("--markdown", metavar="FILE", help="the tables")
-    group.add_argument("--html", metavar="FILE", help="one self-contained page with plots and tables (needs matplotlib)")
+    group.add_argument(
+        "--html", metavar="FILE", help="one self-contained page with plots and tables (needs matplotlib)"
+    )
     group.add_argument("--plot", metavar="FILE", help="the plots as one PNG (needs matplotlib)")
     group.add_argument("--published", action="store_true", help="show published B200 times of the same shape too")
 

@@ -1,4 +1,5 @@
 """Numbers of others to compare with: implementations measured on the same GPU, and published times of a B200."""
+
 from __future__ import annotations
 
 import functools
@@ -72,7 +73,7 @@ def best_published(n: int, k: int, experts: int) -> Mapping[int, float]:
 
 
 def published_entries() -> list[Entry]:
-    """Published times as entries. They are the B200 table's until measured ones displace them (see `bench.importing`)."""
+    """Published times as entries: the B200 table's, until measured ones displace them (see `bench.importing`)."""
     table = shipped_tables().get(PUBLISHED_GPU)
     if table is None:
         return []

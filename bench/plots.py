@@ -1,4 +1,5 @@
 """The plots of a shoot-out, drawn with matplotlib (optional) on axes that the caller gives."""
+
 from __future__ import annotations
 
 import io
@@ -43,16 +44,28 @@ def draw_time(axes, rows: Sequence[Row], device: str, with_published: bool = Fal
         axes.plot(list(floors), floor, color="black", linewidth=1, label="floor")
         if any(row.dense_floor_us > 1.01 * row.floor_us for row in floors.values()):
             dense = [row.dense_floor_us for row in floors.values()]
-            axes.plot(list(floors), dense, color="black", linewidth=1, linestyle=(0, (1, 2)), label="floor, nothing skipped")
+            axes.plot(
+                list(floors), dense, color="black", linewidth=1, linestyle=(0, (1, 2)), label="floor, nothing skipped"
+            )
     p = rows[0].problem
     ms = {row.problem.m for row in rows}
     for peer, marker in zip(measured_peers(device, p.n, p.k, p.experts, rows[0].alpha), "v^<>dP"):
         times = {m: us for m, us in peer.us.items() if min(ms) <= m <= max(ms)}
-        axes.plot(list(times), list(times.values()), color=_GREY, linewidth=0.8, marker=marker, markersize=4, label=peer.name)
+        axes.plot(
+            list(times),
+            list(times.values()),
+            color=_GREY,
+            linewidth=0.8,
+            marker=marker,
+            markersize=4,
+            label=peer.name,
+        )
     if with_published and (best := best_published(p.n, p.k, p.experts)):
         axes.plot(list(best), list(best.values()), "*", color="#CC79A7", label=f"best published, {PUBLISHED_GPU}")
     for curve in far:
-        axes.plot([], [], " ", label=f"not drawn: {curve.name}, from {min(row.time.median for row in curve.rows):.0f} us")
+        axes.plot(
+            [], [], " ", label=f"not drawn: {curve.name}, from {min(row.time.median for row in curve.rows):.0f} us"
+        )
     _over_m(axes, ms)
     axes.set(yscale="log", ylabel="time of a call, us", title="Time")
     plain_log_ticks(axes.yaxis)
@@ -60,7 +73,7 @@ def draw_time(axes, rows: Sequence[Row], device: str, with_published: bool = Fal
 
 
 def _near(found: Sequence[Curve]) -> tuple[list[Curve], list[Curve]]:
-    """Curves that fit one plot, and those that are everywhere over ten times slower than the slowest point of the fastest."""
+    """Curves that fit one plot, and those always over ten times slower than the slowest point of the fastest."""
     slowest = min(max(row.time.median for row in curve.rows) for curve in found)
     near = [curve for curve in found if min(row.time.median for row in curve.rows) <= 10 * slowest]
     return near, [curve for curve in found if curve not in near]
@@ -76,13 +89,23 @@ def plain_log_ticks(axis) -> None:
 
 
 def draw_roofline(axes, rows: Sequence[Row], ceilings: Mapping[str, float] | None) -> None:
-    """Useful arithmetic over useful bytes: what this alpha needs, not what a kernel did. One point a row of `curves`."""
+    """Useful arithmetic over useful bytes: what this alpha needs, not what a kernel did."""
     xs = []
     for curve in _near(curves(rows))[0]:
-        points = [(_useful_flops(row) / row.needed_bytes, _useful_flops(row) / row.time.median / 1e6) for row in curve.rows]
+        points = [
+            (_useful_flops(row) / row.needed_bytes, _useful_flops(row) / row.time.median / 1e6) for row in curve.rows
+        ]
         xs += [x for x, _ in points]
         line, marker = _LINES[curve.kind]
-        axes.plot(*zip(*points), line, linewidth=0.6, marker=marker, markersize=4, color=colour(curve.backend), label=curve.name)
+        axes.plot(
+            *zip(*points),
+            line,
+            linewidth=0.6,
+            marker=marker,
+            markersize=4,
+            color=colour(curve.backend),
+            label=curve.name,
+        )
         for row, point in ((curve.rows[0], points[0]), (curve.rows[-1], points[-1])):
             axes.annotate(f"M={row.problem.m}", point, fontsize=6, textcoords="offset points", xytext=(4, -7))
     if ceilings:
@@ -118,7 +141,15 @@ def draw_matrix(axes, rows: Sequence[Row]) -> None:
             for x, ratio in enumerate(line):
                 if ratio is not None:
                     ink = "white" if ratio > 2 else "black"
-                    axes.text(x, y, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", ha="center", va="center", fontsize=6, color=ink)
+                    axes.text(
+                        x,
+                        y,
+                        f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=6,
+                        color=ink,
+                    )
     axes.figure.colorbar(image, ax=axes, label="time over the fastest", ticks=[1, 1.5, 2, 3, 4], format="{x:g}")
     left_out = f" (the best {len(shown.labels)}; {shown.left_out} left out)" if shown.left_out else ""
     axes.set(xlabel="M", title=f"Tactics whose results are right{left_out}")
@@ -186,7 +217,11 @@ def write_png(results: Results, path: str, with_published: bool = False) -> None
     from matplotlib.figure import Figure
 
     groups = list(panels(results.rows).values())
-    heights = [max(plot[2] for plot in _draw_all(rows, results, with_published)[start : start + 2]) for rows in groups for start in (0, 2)]
+    heights = [
+        max(plot[2] for plot in _draw_all(rows, results, with_published)[start : start + 2])
+        for rows in groups
+        for start in (0, 2)
+    ]
     figure = Figure((14.0, sum(heights) + 0.6), layout="constrained", dpi=110)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for number, rows in enumerate(groups):
@@ -202,4 +237,5 @@ def write_png(results: Results, path: str, with_published: bool = False) -> None
 def panel_title(row: Row, results: Results) -> str:
     p = row.problem
     dtype = str(p.out_dtype).removeprefix("torch.")
-    return f"{results.environment['device']}: N={p.n}, K={p.k}, {p.experts} experts, alpha {row.alpha}, {dtype} out, {row.l2} L2"
+    device = results.environment["device"]
+    return f"{device}: N={p.n}, K={p.k}, {p.experts} experts, alpha {row.alpha}, {dtype} out, {row.l2} L2"

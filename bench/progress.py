@@ -1,4 +1,5 @@
 """A progress bar with an estimate of the time left, on standard error."""
+
 from __future__ import annotations
 
 from tqdm import tqdm
@@ -10,7 +11,10 @@ class Progress:
     def __enter__(self) -> Progress:
         # Silent where standard error is not a terminal: a log wants no redrawn lines.
         self._bar = tqdm(
-            total=100.0, leave=False, disable=None, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more  {desc}"
+            total=100.0,
+            leave=False,
+            disable=None,
+            bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more  {desc}",
         )
         return self
 

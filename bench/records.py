@@ -1,4 +1,5 @@
 """Results of a shoot-out as values, and their JSON and CSV forms."""
+
 from __future__ import annotations
 
 import csv
@@ -72,7 +73,7 @@ class Row:
 
     @property
     def needed_bytes(self) -> float:
-        """Bytes this alpha makes necessary: the selected experts' weights with scale factors, A, alpha and out, once."""
+        """Bytes that this alpha makes necessary: selected experts' weights with scale factors, A, alpha, out."""
         share = self.active_experts / self.problem.experts
         return self.problem.bytes - self.problem.weight_bytes * (1.0 - share)
 
@@ -187,7 +188,7 @@ def fastest(rows: Iterable[Row]) -> Optional[Row]:
 
 
 def regrets(rows: Iterable[Row]) -> dict[tuple, float]:
-    """For each row that auto chose, by key: how much longer it takes than the fastest right row with the same form of b."""
+    """By key, for rows that auto chose: how much longer they take than the fastest right row with the same form of b."""
     found = {}
     for group in competitors(rows).values():
         for row in group:

@@ -1,4 +1,5 @@
 """The report page: one self-contained HTML file with plots and tables, readable without a network."""
+
 from __future__ import annotations
 
 import html
@@ -11,7 +12,8 @@ from bench.records import Results, competitors, fastest, regrets
 from bench.series import panels
 
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; max-width: 1280px; padding: 0 1em }
+body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff;
+  margin: 2em auto; max-width: 1280px; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-top: 1px solid #ccc; padding-top: .8em }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto; white-space: pre-wrap }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(560px, 1fr)); gap: 1em }
@@ -56,7 +58,9 @@ def _table(rows, results: Results) -> str:
     for row in rows:
         kind = "best" if row is best else ("" if row.ok else "wrong")
         cells = tables.cells(row, rows, regret)
-        lines.append(f'<tr class="{kind}">{"".join(_cell(name, text, "td") for name, text in zip(tables.HEADERS, cells))}</tr>')
+        lines.append(
+            f'<tr class="{kind}">{"".join(_cell(name, text, "td") for name, text in zip(tables.HEADERS, cells))}</tr>'
+        )
     head = "".join(_cell(name, name, "th") for name in tables.HEADERS)
     summary = f"<summary>{html.escape(tables.caption(rows[0]))}</summary>"
     return f"<details open>{summary}<table><tr>{head}</tr>{''.join(lines)}</table></details>"

@@ -1,9 +1,10 @@
 """The shoot-out itself: all contestants on the same inputs, timed in turn, checked on the buffers that were timed."""
+
 from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Callable, Iterator, Optional, Sequence
 
 import torch
@@ -19,7 +20,16 @@ from bench.clocks import ClockReader, Clocks
 from bench.contestants import Contestant, absent_backends, line_up
 from bench.cupti import KernelTrace
 from bench.environment import ceilings, describe, roofline
-from dispatch.inputs import WEIGHT_STD, AlphaForm, TokenSet, copy_operand, generator, random_operand, rotation, token_sets
+from dispatch.inputs import (
+    WEIGHT_STD,
+    AlphaForm,
+    TokenSet,
+    copy_operand,
+    generator,
+    random_operand,
+    rotation,
+    token_sets,
+)
 from bench.options import Options
 from bench.records import Absent, Results, Row
 from bench.statistics import summarize
@@ -127,7 +137,7 @@ def _weight_forms(b: Nvfp4Tensor, options: Options, info: DeviceInfo) -> dict[st
 
 
 def _copies(b: Nvfp4Tensor, prepared: int, cached: bool, options: Options) -> int:
-    """As many copies as half the free memory takes, up to 4; the torch baseline keeps 2 bytes for each value of each."""
+    """As many copies as half the free memory takes, up to 4; the torch baseline adds 2 bytes a value to each."""
     if options.device.type != "cuda" or not options.cold:
         return 1
     each = b.nbytes * (1 + prepared) + (2 * b.shape[0] * b.shape[1] if cached else 0)
@@ -173,7 +183,7 @@ class _Stage:
                 yield self._row(entry, alpha_form, sets, expected, taken, warmup)
 
     def _token_sets(self, alpha_form: AlphaForm, m: int, source: torch.Generator) -> list[TokenSet]:
-        n, k, experts = *self.weights.shape, self.options.shape.experts
+        k, experts = self.weights.shape[1], self.options.shape.experts
         first = token_sets(alpha_form, m, k, experts, source, 1)
         if not self.options.cold or self.options.device.type != "cuda":
             return first
@@ -185,8 +195,14 @@ class _Stage:
         options, shape = self.options, self.options.shape
         for form, operands in self.forms.items():
             problem = Fc2Problem(
-                m, shape.n, shape.k, shape.experts, options.out_dtype, b_layout=form,
-                device_type=self.info.type, capability=self.info.capability,
+                m,
+                shape.n,
+                shape.k,
+                shape.experts,
+                options.out_dtype,
+                b_layout=form,
+                device_type=self.info.type,
+                capability=self.info.capability,
             )
             try:
                 favourite = dispatch.explain(tokens.a, operands[0], tokens.alpha, out_dtype=options.out_dtype).tactic
@@ -209,7 +225,7 @@ class _Stage:
         return _Entry(contestant, problem, launches, outs)
 
     def _time(self, entries: Sequence[_Entry], title: str, report: Report) -> tuple[dict[str, list[float]], int]:
-        """Samples in seconds by label, of calls that began with poisoned outputs; and the warm-up rounds before them."""
+        """Samples in seconds by label, of calls into poisoned outputs, and the warm-up rounds before them."""
         options, device = self.options, self.options.device
         samples: dict[str, list[float]] = {entry.contestant.label: [] for entry in entries}
         by_label = {entry.contestant.label: entry for entry in entries}
@@ -220,7 +236,7 @@ class _Stage:
                 )
             a_round = sum(entry.estimate * entry.calls for entry in entries)
             rounds = min(options.iterations, max(LEAST_ITERATIONS, int(options.budget / max(a_round, 1e-9))))
-            warmup = min(options.warmup, rounds)
+            warmup = options.warmup if rounds == options.iterations else min(options.warmup, max(1, rounds // 5))
             total = rounds * max(1, len(entries))
 
             def after(label: str, seconds: float) -> None:
@@ -271,7 +287,7 @@ class _Stage:
             warmup=warmup,
             iterations=len(seconds) * entry.calls,
             time=summarize([second * 1e6 for second in seconds]),
-            busy_us=summarize([b * 1e6 for b in busy[-len(seconds):]]).median if busy else None,
+            busy_us=summarize([b * 1e6 for b in busy[-len(seconds) :]]).median if busy else None,
             error_over_bar=found.over_bar,
             relative_error=found.relative,
             reproducible=_repeats(entry, ran[0]),

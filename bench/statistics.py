@@ -1,4 +1,5 @@
 """What is said of a list of timings, and when two of them differ."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ def geomean(values: Sequence[float]) -> float:
 def change(old: Summary, new: Summary, margin: float) -> tuple[float, str]:
     """How a timing changed, as (relative change, verdict).
 
-    A change counts when it exceeds the margin and the two middle 80% ranges do not overlap: then neither a small drift of
-    a quiet timing nor a large one of a noisy timing is called a change.
+    A change counts when it exceeds the margin and the two middle 80% ranges do not overlap: then neither a small drift
+    of a quiet timing nor a large one of a noisy timing is called a change.
 
     Args:
         margin: relative change below which nothing is called a change.

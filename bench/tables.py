@@ -1,4 +1,5 @@
 """Results as text: one table per token count, for terminals and for Markdown."""
+
 from __future__ import annotations
 
 from typing import Sequence
@@ -16,7 +17,7 @@ us: median of a call; p10, p90: the middle 80% of the samples. x torch: how much
 TFLOPS: 2*M*N*K over the time, whatever was skipped. GB/s: the bytes this alpha makes necessary (weights of the selected
 experts with scale factors, A, alpha, out, each once) over the time. % floor: 100 at the time below which no kernel can
 go for this alpha. error: largest |out - ref| over the accuracy bar, against float64; right when at most 1.
-* fastest right result; auto: what backend="auto" takes, with its regret; prepared: weights permuted once by prepare()."""
+* fastest right result; auto: what backend="auto" takes, with its regret; prepared: weights permuted by prepare()."""
 
 
 def render(results: Results, style: str = "simple", with_published: bool = False) -> str:
@@ -60,7 +61,8 @@ def headline(results: Results) -> str:
     measured, used = env.get("ceilings_measured"), env.get("ceilings")
     if used:
         lines.append(
-            f"floors from {used['read_bandwidth'] / 1e12:.2f} TB/s and {used['mma_flops'] / 1e12:.0f} TFLOP/s ({used['source']})"
+            f"floors from {used['read_bandwidth'] / 1e12:.2f} TB/s and {used['mma_flops'] / 1e12:.0f} TFLOP/s "
+            f"({used['source']})"
         )
     if measured:
         lines.append(
@@ -75,7 +77,8 @@ def headline(results: Results) -> str:
 def caption(row: Row) -> str:
     """What the rows of a table share."""
     p = row.problem
-    text = f"M={p.m}  N={p.n} K={p.k} E={p.experts}  alpha {row.alpha}: {row.active_experts:.0f} of {p.experts} experts selected"
+    text = f"M={p.m}  N={p.n} K={p.k} E={p.experts}  alpha {row.alpha}: "
+    text += f"{row.active_experts:.0f} of {p.experts} experts selected"
     if row.floor_us is not None:
         text += f", floor {row.floor_us:.1f} us (dense {row.dense_floor_us:.1f})"
     l2 = "" if row.l2 == "uncontrolled" else f", {row.l2} L2"
@@ -107,7 +110,17 @@ def _published_cells(row: Row) -> list[list[str]]:
     for peer in published(p.n, p.k, p.experts):
         if p.m in peer.us:
             us = peer.us[p.m]
-            lines.append(["", peer.name, f"{us:.1f}", *[""] * 3, digits(p.flops / us / 1e6), *[""] * 3, f"{peer.gpu}, not measured here"])
+            lines.append(
+                [
+                    "",
+                    peer.name,
+                    f"{us:.1f}",
+                    *[""] * 3,
+                    digits(p.flops / us / 1e6),
+                    *[""] * 3,
+                    f"{peer.gpu}, not measured here",
+                ]
+            )
     return lines
 
 

@@ -2,11 +2,12 @@
 
 | method | a sample is | it includes |
 |---|---|---|
-| cupti  | one call, replayed as a CUDA graph | first kernel's start to last kernel's end (the span); kernels alone (busy) too |
+| cupti  | one call, replayed as a CUDA graph | first kernel's start to last one's end (span); the kernels alone (busy) |
 | graph  | a CUDA graph of many calls in a row, over the calls | everything on the GPU, with the gaps between calls |
 | events | one eager call between two events | also the host, where it launches more slowly than the GPU runs |
 | host   | one call on a CPU | everything |
 """
+
 from __future__ import annotations
 
 from typing import Callable, Optional, Sequence
@@ -58,7 +59,9 @@ class CuptiRunner:
     method = "cupti"
 
     def __init__(self, launches: Sequence[Launch], trace: KernelTrace, before: Optional[Launch] = None) -> None:
-        self._graphs = [_capture(launch) for launch in launches]
+        # One pool for all: they run one after the other, and what a call allocates is dead when it ends.
+        pool = torch.cuda.graph_pool_handle()
+        self._graphs = [_capture(launch, pool) for launch in launches]
         self._trace, self._before, self._next = trace, before, 0
         #: Seconds in which a kernel was running, for every sample so far, warm-up included.
         self.busy: list[float] = []
@@ -79,10 +82,10 @@ class CuptiRunner:
         return span * 1e-9
 
 
-def _capture(launch: Launch) -> torch.cuda.CUDAGraph:
+def _capture(launch: Launch, pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         launch()
     return graph
 

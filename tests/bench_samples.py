@@ -1,4 +1,5 @@
 """Made-up shoot-out results for the tests of tables, plots and comparisons."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,7 +20,12 @@ ENVIRONMENT = {
 
 
 def row(
-    m: int = 32, us: float = 100.0, backend: str = "torch", b_layout: str = "128x4", alpha: str = "topk:8", **changes: Any
+    m: int = 32,
+    us: float = 100.0,
+    backend: str = "torch",
+    b_layout: str = "128x4",
+    alpha: str = "topk:8",
+    **changes: Any,
 ) -> Row:
     """A row of the DeepSeek-V3 shape on an H200; `changes` replace fields."""
     problem = Fc2Problem(m, 7168, 65536, 256, b_layout=b_layout, capability=(9, 0))
@@ -58,10 +64,30 @@ def shoot_out(ms: tuple[int, ...] = (1, 8, 32, 128, 384)) -> Results:
             for block_m in (8, 16, 32):
                 us = 1.3 * base + 4 + abs(block_m - 16) + 0.02 * m
                 rows.append(
-                    row(m, us, "triton", "triton/interleaved", alpha, fields={"block_m": block_m, "split": 2}, auto=block_m == 16)
+                    row(
+                        m,
+                        us,
+                        "triton",
+                        "triton/interleaved",
+                        alpha,
+                        fields={"block_m": block_m, "split": 2},
+                        auto=block_m == 16,
+                    )
                 )
             hot = Clocks((1400, 1980), 70, ("software power cap",)) if m == 384 else Clocks((1980, 1980), 55)
-            rows.append(row(m, 2.5 * base + 9, "triton", alpha=alpha, fields={"block_m": 16, "split": 2}, auto=True, clocks=hot))
+            rows.append(
+                row(
+                    m,
+                    2.5 * base + 9,
+                    "triton",
+                    alpha=alpha,
+                    fields={"block_m": 16, "split": 2},
+                    auto=True,
+                    clocks=hot,
+                )
+            )
             rows.append(row(m, 9000.0 + m, "torch", alpha=alpha, fields={"form": "experts"}, timer="events"))
-            rows.append(row(m, 232.0 + 0.8 * m, "torch", alpha=alpha, fields={"form": "cached_weight"}, error_over_bar=50.0))
+            rows.append(
+                row(m, 232.0 + 0.8 * m, "torch", alpha=alpha, fields={"form": "cached_weight"}, error_over_bar=50.0)
+            )
     return Results(dict(ENVIRONMENT), rows, [Absent("cute", "needs an SM 10.0 or 10.3 GPU; this is SM 9.0")])

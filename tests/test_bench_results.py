@@ -1,4 +1,5 @@
 """Counting, statistics, result files and comparisons of the shoot-out, by value."""
+
 from __future__ import annotations
 
 import csv
@@ -144,7 +145,16 @@ def test_json_round_trip():
     assert any(r.throttled for r in again.rows)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "not json", '{"schema": 99, "rows": [], "environment": {}}', '{"schema": 1, "rows": [{}], "environment": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "not json",
+        '{"schema": 99, "rows": [], "environment": {}}',
+        '{"schema": 1, "rows": [{}], "environment": {}}',
+    ],
+)
 def test_a_file_of_something_else_is_named(tmp_path, text):
     path = tmp_path / "some.json"
     path.write_text(text)
@@ -186,7 +196,11 @@ def test_table_marks_what_matters():
 
 
 def test_speedup_is_over_the_faster_torch_row():
-    rows = [row(us=500.0, fields={"form": "experts"}), row(us=200.0, fields={"form": "cached_weight"}), row(us=50.0, backend="cute")]
+    rows = [
+        row(us=500.0, fields={"form": "experts"}),
+        row(us=200.0, fields={"form": "cached_weight"}),
+        row(us=50.0, backend="cute"),
+    ]
     assert [cells(r, rows, {})[5] for r in rows] == ["0.40", "1.00", "4.00"]
 
 
@@ -267,3 +281,18 @@ def test_compare_does_not_mix_methods_or_cache_states():
     new = Results(dict(ENVIRONMENT), [row(timer="graph")])
     found = compare.compare(old, new, 0.03)
     assert not found.pairs and found.exit_code == 2
+
+
+def test_methods_agree_within_a_tolerance(tmp_path, capsys):
+    cupti = _file(tmp_path, "cupti.json", [row(8, 100.0, timer="cupti"), row(32, 10.0, timer="cupti")])
+    graph = _file(
+        tmp_path,
+        "graph.json",
+        [row(8, 104.0, timer="graph"), row(32, 11.5, timer="graph"), row(64, 1.0, timer="graph")],
+    )
+    assert main(["compare", cupti, graph]) == 2
+    assert main(["compare", cupti, graph, "--agree", "3", "2"]) == 0
+    assert "2 of 2 rows agree within 3% + 2 us" in capsys.readouterr().out
+    assert main(["compare", cupti, graph, "--agree", "3", "0.5"]) == 1
+    assert "M=8 topk:8 torch(): cupti 100.0 us, graph 104.0 us" in capsys.readouterr().out
+    assert main(["compare", cupti, _file(tmp_path, "none.json", []), "--agree", "3", "2"]) == 2

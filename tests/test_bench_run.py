@@ -1,4 +1,5 @@
 """The shoot-out's command line, inputs and checks, and whole runs of it on the CPU."""
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +24,22 @@ from backends.torch_baseline import TorchTactic
 from tests.reference import half_ulp, reference
 
 CPU = torch.device("cpu")
-SMALL = ["--device", "cpu", "--n", "128", "--k", "512", "--experts", "4", "--m", "1,3", "--alpha", "topk:2", "--backends", "torch"]
+SMALL = [
+    "--device",
+    "cpu",
+    "--n",
+    "128",
+    "--k",
+    "512",
+    "--experts",
+    "4",
+    "--m",
+    "1,3",
+    "--alpha",
+    "topk:2",
+    "--backends",
+    "torch",
+]
 
 
 # --- the command line
@@ -31,7 +47,14 @@ SMALL = ["--device", "cpu", "--n", "128", "--k", "512", "--experts", "4", "--m",
 
 @pytest.mark.parametrize(
     "text, numbers",
-    [("8", (8,)), ("1,8,8", (1, 8)), ("32:128:32", (32, 64, 96, 128)), ("3:5", (3, 4, 5)), ("64,1:9:4", (1, 5, 9, 64)), ("5:6:4", (5,))],
+    [
+        ("8", (8,)),
+        ("1,8,8", (1, 8)),
+        ("32:128:32", (32, 64, 96, 128)),
+        ("3:5", (3, 4, 5)),
+        ("64,1:9:4", (1, 5, 9, 64)),
+        ("5:6:4", (5,)),
+    ],
 )
 def test_integers(text, numbers):
     assert integers(text) == numbers
@@ -45,7 +68,11 @@ def test_integers_refuses(text):
 
 def test_pairs_and_pins():
     assert pair("256,128") == pair("256x128") == (256, 128)
-    assert pin("split_k=2") == ("split_k", 2) and pin("pdl=true") == ("pdl", True) and pin("form=tiled") == ("form", "tiled")
+    assert (
+        pin("split_k=2") == ("split_k", 2)
+        and pin("pdl=true") == ("pdl", True)
+        and pin("form=tiled") == ("form", "tiled")
+    )
     for broken in ("256", "a,b", "1,2,3"):
         with pytest.raises(argparse.ArgumentTypeError):
             pair(broken)
@@ -63,13 +90,17 @@ def test_defaults_on_a_cpu():
 
 def test_axes():
     found = parse(
-        "--device cpu --shape mixtral-8x7b-tp8 --alpha dense --alpha skewed:2 --tile 256,128 --tile 128x64 --cluster 2,1 "
+        "--device cpu --shape mixtral-8x7b-tp8 --alpha dense --alpha skewed:2 --tile 256,128 --tile 128x64 "
+        "--cluster 2,1 "
         "--split-k 1,2 --tactic pdl=true --out-dtype float32 --warm-l2 --seed 7".split()
     )
     assert (found.shape.n, found.shape.k, found.shape.experts) == (4096, 14336, 8)
     assert found.alphas == (AlphaForm("dense"), AlphaForm("skewed", 2))
     assert found.pins == {
-        "tile_m,tile_n": ((256, 128), (128, 64)), "cluster_m,cluster_n": ((2, 1),), "split_k": (1, 2), "pdl": (True,),
+        "tile_m,tile_n": ((256, 128), (128, 64)),
+        "cluster_m,cluster_n": ((2, 1),),
+        "split_k": (1, 2),
+        "pdl": (True,),
     }
     assert found.out_dtype == torch.float32 and not found.cold and found.seed == 7
     assert parse(["--device", "cpu", "--shape", "mixtral-8x7b-tp8"]).alphas == (AlphaForm("topk", 2),)
@@ -197,7 +228,9 @@ def test_tokens_that_select_nothing_must_give_zero():
 
 def test_a_run_writes_what_it_measured(tmp_path, capsys):
     json_file, csv_file, markdown = (str(tmp_path / name) for name in ("r.json", "r.csv", "r.md"))
-    code = main([*SMALL, "--iterations", "6", "--warmup", "1", "--json", json_file, "--csv", csv_file, "--markdown", markdown])
+    code = main(
+        [*SMALL, "--iterations", "6", "--warmup", "1", "--json", json_file, "--csv", csv_file, "--markdown", markdown]
+    )
     assert code == 0
     printed = capsys.readouterr().out
     assert "CPU" in printed and "misses the accuracy bar" in printed
@@ -250,7 +283,9 @@ class _Wrong:
 )
 def test_a_wrong_kernel_is_found_out(monkeypatch, spoil, over_bar, reproducible):
     monkeypatch.setattr(shootout.dispatch, "fc2", _Wrong(spoil))
-    results = shootout.run(parse([*SMALL, "--tactic", "form=experts", "--m", "3", "--iterations", "4", "--warmup", "1"]))
+    results = shootout.run(
+        parse([*SMALL, "--tactic", "form=experts", "--m", "3", "--iterations", "4", "--warmup", "1"])
+    )
     (found,) = results.rows
     assert not found.ok and found.error_over_bar >= over_bar and found.reproducible == reproducible
 

@@ -1,4 +1,5 @@
-"""What becomes of results beyond the terminal: the shipped table, the B200 procedure, the model's page, the report page."""
+"""What becomes of results beyond the terminal: the shipped table, the B200 procedure, the model, the report page."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,7 +13,7 @@ import pytest
 from backends import DeviceInfo, Fc2Problem
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
-from bench import b200, importing, modelled
+from bench import b200, laptop, modelled, shootout
 from bench.__main__ import main
 from bench.clocks import Clocks
 from bench.peers import DISPLACED, best_published, measured_peers, published
@@ -33,7 +34,11 @@ def _cute_row(m=256, us=60.0, *, tile=(256, 128), cluster=(2, 1), **changes):
 
 
 def _b200_file(path, rows):
-    environment = {**ENVIRONMENT, "device": "NVIDIA B200", "conditions": {"cute": {"kernel": "abc", "compiler": "4.8"}}}
+    environment = {
+        **ENVIRONMENT,
+        "device": "NVIDIA B200",
+        "conditions": {"cute": {"kernel": "abc", "compiler": "4.8"}},
+    }
     with open(path, "w") as stream:
         write_json(Results(environment, list(rows)), stream)
     return str(path)
@@ -89,7 +94,9 @@ def test_import_makes_the_measured_table(tmp_path, capsys):
 def test_import_of_a_gpu_without_ceilings_and_of_nothing(tmp_path, capsys):
     path = tmp_path / "other.json"
     with open(path, "w") as stream:
-        write_json(Results({**ENVIRONMENT, "device": "NVIDIA L4"}, [row(8, 50.0, fields={"form": "experts"})]), stream)
+        write_json(
+            Results({**ENVIRONMENT, "device": "NVIDIA L4"}, [row(8, 50.0, fields={"form": "experts"})]), stream
+        )
     assert main(["import", str(path), "--into", str(tmp_path)]) == 0
     assert "no model was fitted" in capsys.readouterr().out
     assert len(load(tmp_path / "NVIDIA-L4.json").entries) == 1
@@ -107,13 +114,17 @@ def test_b200_refuses_other_devices(capsys):
 
 
 def test_the_check_finds_what_is_wrong_and_keeps_what_is_right():
-    problems = [(Fc2Problem(m, 128, 512, 4, device_type="cpu"), alpha) for m in (1, 9) for alpha in ("topk:2", "dense")]
+    problems = [
+        (Fc2Problem(m, 128, 512, 4, device_type="cpu"), alpha) for m in (1, 9) for alpha in ("topk:2", "dense")
+    ]
     shares = []
     failures = b200.check_tactics(
         problems, [TorchTactic(), TorchTactic("cached_weight")], "cpu", 60.0, lambda text, share: shares.append(share)
     )
     assert list(failures) == [TorchTactic("cached_weight")]
-    assert re.fullmatch(r"M=1 topk:2: wrong result: .* times the accuracy bar", failures[TorchTactic("cached_weight")])
+    assert re.fullmatch(
+        r"M=1 topk:2: wrong result: .* times the accuracy bar", failures[TorchTactic("cached_weight")]
+    )
     assert len(shares) == 8 and shares == sorted(shares)
 
 
@@ -152,16 +163,22 @@ def test_a_hanging_or_dying_tactic_costs_only_itself(monkeypatch):
 
 def test_a_rehearsal_writes_the_file_to_send(tmp_path, capsys):
     path = tmp_path / "out.json"
-    arguments = "--rehearse --device cpu --backends torch --n 128 --k 512 --experts 4 --m 3 --checked-m 1 --alpha topk:2 --iterations 2"
+    arguments = "--rehearse --device cpu --backends torch --n 128 --k 512 --experts 4 --alpha topk:2"
+    arguments += " --m 3 --checked-m 1 --iterations 2"
     assert main(["b200", *arguments.split(), "--out", str(path)]) == 0
     assert "please send this file back" in capsys.readouterr().out
     results = read_results(str(path))
-    assert results.environment["checked"]["ms"] == [1] and {r.label for r in results.rows} == {"torch", "torch form=cached_weight"}
+    assert results.environment["checked"]["ms"] == [1] and {r.label for r in results.rows} == {
+        "torch",
+        "torch form=cached_weight",
+    }
 
 
 def test_our_times_stand_beside_the_published_ones():
     ours = _cute_row(256, 60.0)
-    text = b200.beside_published([ours, _cute_row(128, 1.0, tile=(256, 256), cluster=(2, 1)), _cute_row(256, 50.0, error_over_bar=2.0)])
+    text = b200.beside_published(
+        [ours, _cute_row(128, 1.0, tile=(256, 256), cluster=(2, 1)), _cute_row(256, 50.0, error_over_bar=2.0)]
+    )
     (line,) = [ln for ln in text.splitlines() if "(256,128)@(2,1)" in ln and " 256 " in ln]
     assert "72.4" in line and "60.0" in line and "1.21" in line
     assert sum("topk:8 cute" in ln for ln in text.splitlines()) == 1
@@ -182,21 +199,65 @@ def test_model_covers_every_published_row_and_says_how_well(capsys):
 
 
 def test_the_b200_decision_can_be_asked_for_without_one():
-    decision = choose(Fc2Problem(256, 7168, 65536, 256, capability=B200.capability), B200, Measured(shipped_tables()["NVIDIA B200"]))
+    decision = choose(
+        Fc2Problem(256, 7168, 65536, 256, capability=B200.capability), B200, Measured(shipped_tables()["NVIDIA B200"])
+    )
     assert isinstance(decision.tactic, CuteTactic) and isinstance(B200, DeviceInfo)
+
+
+# --- without a GPU
+
+
+def test_a_default_run_on_a_cpu_also_checks_kernels_and_shows_expectations(monkeypatch, capsys):
+    done = []
+
+    def run(arguments, environment):
+        done.append((arguments, dict(environment)))
+        if "--json" not in arguments:
+            return ""
+        with open(arguments[arguments.index("--json") + 1], "w") as stream:
+            write_json(
+                Results(dict(ENVIRONMENT), [row(3, 1.0, "triton"), row(20, 1.0, "triton", error_over_bar=0.5)]),
+                stream,
+            )
+        return ""
+
+    monkeypatch.setattr(laptop, "_run", run)
+    monkeypatch.setattr(shootout, "run", lambda options, report: Results({**ENVIRONMENT, "device": "CPU (some)"}))
+    assert main(["--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "right: 0.99 of the accuracy bar, 2 results" in printed
+    assert "right, no race, deadlock" in printed or "not installed" in printed
+    assert re.search(r"B200 +128 +cute \(256,128\)@\(2,1\) +rule", printed)
+    assert re.search(r"B200 +32 .* published +52\.1 +33\.2", printed)
+    assert done[0][1] == {"TRITON_INTERPRET": "1"}
+    # A run with a question of its own gets its answer alone.
+    assert main(["--device", "cpu", "--m", "8"]) == 0
+    assert "Expected on GPUs" not in capsys.readouterr().out
+
+
+def test_a_kernel_check_that_fails_says_how(monkeypatch):
+    assert laptop._run(["-c", "import sys; sys.exit('out of luck')"], {}) == "out of luck"
+    assert laptop._run(["-c", "pass"], {}) == ""
+    monkeypatch.setattr(laptop, "_run", lambda arguments, environment: "AssertionError: 3 elements miss the bar")
+    assert laptop.interpreted_triton().outcome.startswith("not run")
+    assert (
+        "FAILED: AssertionError" in laptop.emulated_cute().outcome
+        or "not installed" in laptop.emulated_cute().outcome
+    )
 
 
 # --- pictures and the page
 
 
-@pytest.fixture
-def report(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'fc2-dispatch[bench]'")
     from bench.report import page
 
     results = shoot_out()
     results.rows = [dataclasses.replace(r, label=r.label.replace("split", "<split&")) for r in results.rows]
-    path = tmp_path / "report.html"
+    path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(page(results, with_published=True), encoding="utf-8")
     return path
 
@@ -219,10 +280,20 @@ def test_the_page_renders_in_a_browser(report):
     if browser is None:
         pytest.skip("no Chromium or Chrome on the PATH")
     image = pytest.importorskip("PIL.Image")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={report.parent}/profile"]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={report.parent}/profile",
+    ]
     picture = report.parent / "page.png"
     subprocess.run(
-        [*command, "--window-size=1300,1600", f"--screenshot={picture}", report.as_uri()], check=True, capture_output=True, timeout=120
+        [*command, "--window-size=1300,1600", f"--screenshot={picture}", report.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
     pixels = image.open(picture).convert("RGB")
     assert pixels.size == (1300, 1600)
