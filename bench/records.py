@@ -188,7 +188,7 @@ def fastest(rows: Iterable[Row]) -> Optional[Row]:
 
 
 def regrets(rows: Iterable[Row]) -> dict[tuple, float]:
-    """By key, for rows that auto chose: how much longer they take than the fastest right row with the same form of b."""
+    """By key, for rows that auto chose: how much longer they take than the fastest right row with that form of b."""
     found = {}
     for group in competitors(rows).values():
         for row in group:

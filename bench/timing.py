@@ -2,7 +2,7 @@
 
 | method | a sample is | it includes |
 |---|---|---|
-| cupti  | one call, replayed as a CUDA graph | first kernel's start to last one's end (span); the kernels alone (busy) |
+| cupti  | one call, replayed as a CUDA graph | first kernel's start to last one's end (span); kernels alone (busy) |
 | graph  | a CUDA graph of many calls in a row, over the calls | everything on the GPU, with the gaps between calls |
 | events | one eager call between two events | also the host, where it launches more slowly than the GPU runs |
 | host   | one call on a CPU | everything |
