@@ -18,11 +18,7 @@ from backends.cute.budget import STREAM_K, CuteTactic
 from tests import cute_emulation as emulation
 from tests.reference import ALPHA_KINDS
 
-TACTICS = [
-    tactic
-    for tile, tile_k, cluster in itertools.product(budget.TILES, budget.TILE_KS, budget.CLUSTERS)
-    if budget.check_tactic(tactic := CuteTactic(*tile, tile_k, *cluster))
-]
+TACTICS = budget.all_kernels()
 TOKENS = (1, 8, 127, 128, 129, 160, 200, 255, 256, 257, 384)
 # 8 * 125 and 8 * 65: rows of a multiple of 16 bytes that end inside a tile, and inside a swizzle row.
 HIDDEN = (64, 192, 256, 520, 1000)

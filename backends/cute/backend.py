@@ -44,7 +44,7 @@ class CuteBackend(Fc2Backend):
             return Support(
                 False, f"the kernel uses block-scaled tcgen05 MMA of SM 10.0 and 10.3; this device is {device.arch}"
             )
-        return _dsl_support()
+        return dsl_support()
 
     def can_implement(self, problem: Fc2Problem, tactic: CuteTactic) -> Support:
         return budget.check_problem(problem, tactic)
@@ -88,12 +88,16 @@ class CuteBackend(Fc2Backend):
         if floats:
             partials = torch.empty(floats, dtype=torch.float32, device=device)
             workspace, counters = partials.data_ptr(), self._counters(device, stream, tiles).data_ptr()
-        with torch.cuda.device(device):
-            launcher(
-                a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha.data_ptr(),
-                out.data_ptr(), workspace, counters, problem.m, problem.n, problem.k, problem.experts,
-                division.group, division.splits, division.slots, clusters, stream,
-            )
+        arguments = (
+            a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha.data_ptr(),
+            out.data_ptr(), workspace, counters, problem.m, problem.n, problem.k, problem.experts,
+            division.group, division.splits, division.slots, clusters, stream,
+        )
+        if device.index == torch.cuda.current_device():
+            launcher(*arguments)
+        else:
+            with torch.cuda.device(device):
+                launcher(*arguments)
 
     def _counters(self, device: torch.device, stream: int, tiles: int) -> torch.Tensor:
         """Zeroed int32 counters that no call running at the same time uses."""
@@ -119,7 +123,8 @@ class CuteBackend(Fc2Backend):
 
 
 @functools.lru_cache(maxsize=None)
-def _dsl_support() -> Support:
+def dsl_support() -> Support:
+    """Whether the CuTe DSL is installed, and new enough."""
     needed = ".".join(map(str, MINIMUM_DSL))
     advice = f"install it with: pip install 'nvidia-cutlass-dsl>={needed}'"
     if importlib.util.find_spec("cutlass") is None:

@@ -202,16 +202,20 @@ def check_problem(problem: Fc2Problem, tactic: CuteTactic) -> Support:
     return SUPPORTED
 
 
+def all_kernels() -> list[CuteTactic]:
+    """One tactic per kernel: every tile, K tile and cluster; the division of the work is a run-time argument."""
+    shapes = itertools.product(TILES, TILE_KS, CLUSTERS)
+    return [t for tile, tile_k, cluster in shapes if check_tactic(t := CuteTactic(*tile, tile_k, *cluster))]
+
+
 def tactics(problem: Fc2Problem) -> list[CuteTactic]:
     """The tactics worth timing: every tile, K tile and cluster, with split_k 1, 2, 4 and stream-K."""
-    found = []
-    for (tile_m, tile_n), tile_k, (cluster_m, cluster_n) in itertools.product(TILES, TILE_KS, CLUSTERS):
-        base = CuteTactic(tile_m, tile_n, tile_k, cluster_m, cluster_n)
-        for split_k in (1, 2, 4, STREAM_K):
-            tactic = replace(base, split_k=split_k)
-            if check_problem(problem, tactic):
-                found.append(tactic)
-    return found
+    return [
+        tactic
+        for kernel in all_kernels()
+        for split_k in (1, 2, 4, STREAM_K)
+        if check_problem(problem, tactic := replace(kernel, split_k=split_k))
+    ]
 
 
 def default_tactic(problem: Fc2Problem) -> CuteTactic:
