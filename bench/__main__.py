@@ -2,7 +2,6 @@
 
 Commands: none (the shoot-out), `compare`, `b200`, `import`, `model`; each takes --help.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -10,9 +9,10 @@ import importlib
 import sys
 from typing import Optional, Sequence
 
-from bench import options as command_line
 from bench import laptop, outputs, shootout
+from bench import options as command_line
 from bench.progress import Progress
+from bench.records import CTRL_C, Results
 from bench.timing import UnavailableMethod
 
 #: Commands by name, each with the module that has its `main(argv) -> int`.
@@ -20,7 +20,7 @@ COMMANDS = {"compare": "bench.compare", "b200": "bench.b200", "import": "bench.i
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line. Returns the exit code: 0; 130 where a shoot-out was interrupted; others as commands say."""
+    """Run the command line. Returns the exit code: see `exit_code`, and the commands."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
@@ -42,7 +42,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         with Progress() as progress:
             text = laptop.render(progress)
         print(f"\n{text}")
-    return 130 if results.interrupted else 0
+    return exit_code(results)
+
+
+def exit_code(results: Results) -> int:
+    """0; 130 after Ctrl-C, as shells have it; 1 when the device failed."""
+    return {"": 0, CTRL_C: 130}.get(results.interrupted, 1)
 
 
 def _is_default(arguments: argparse.Namespace) -> bool:

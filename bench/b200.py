@@ -4,7 +4,6 @@ First every tactic of the CuTe backend is checked on the chip against float64, e
 without harm; then those that passed are timed at the published tables' token counts and set beside the published times.
 `python -m bench import FILE` makes the file the measured table that the package ships.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -24,7 +23,7 @@ from bench.contestants import BASELINE, short_name
 from bench.options import Options
 from bench.peers import published_entries
 from bench.progress import Progress
-from bench.records import Absent, Results, Row, write_json
+from bench.records import CTRL_C, Absent, Results, Row, write_json
 from bench.shootout import Report
 from dispatch.tune import WorkerDied, WorkerProcess
 
@@ -169,7 +168,7 @@ def measure(options: Options, checked_ms: Sequence[int], patience: float, report
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0; 1 where a tactic failed; 2 where this is no B200; 130 where interrupted."""
+    """Returns 0; 1 where a tactic or the device failed; 2 where this is no B200; 130 where interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m bench b200", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,4 +208,6 @@ def main(argv: Sequence[str]) -> int:
     with open(arguments.out, "w", encoding="utf-8") as stream:
         write_json(results, stream)
     print(f"written to {arguments.out}: please send this file back")
-    return 130 if results.interrupted else int(checked["failed"] > 0)
+    if results.interrupted:
+        return 130 if results.interrupted == CTRL_C else 1
+    return int(checked["failed"] > 0)

@@ -1,5 +1,4 @@
 """Clocks, temperature and throttling of a GPU while it is being timed, through NVML (`nvidia-ml-py`, optional)."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

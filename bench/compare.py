@@ -1,5 +1,4 @@
 """`python -m bench compare old.json new.json`: what changed beyond noise, with an exit code for CI."""
-
 from __future__ import annotations
 
 import argparse

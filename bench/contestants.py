@@ -1,5 +1,4 @@
 """Who takes part at a problem: pairs of a tactic and a form of the weights, and the reasons of those who do not."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, fields

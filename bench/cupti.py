@@ -1,5 +1,4 @@
 """Kernel start and end times from CUPTI's activity records, through NVIDIA's `cupti-python` (optional)."""
-
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,4 @@
 """Where a result was measured: device, versions, and the ceilings of the device as measured in the same run."""
-
 from __future__ import annotations
 
 import datetime

@@ -1,5 +1,4 @@
 """`python -m bench import FILE`: make a shoot-out's result part of the measured table that the package ships."""
-
 from __future__ import annotations
 
 import argparse

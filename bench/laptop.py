@@ -3,7 +3,6 @@
 Each kernel check is a process of its own: Triton's interpreter has to be chosen before triton is imported, and the
 SM100 emulator belongs to the tests of a checkout.
 """
-
 from __future__ import annotations
 
 import importlib.util

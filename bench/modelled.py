@@ -3,7 +3,6 @@
 Nothing is measured here. A prediction with its problem left out comes from a model that has not seen any row of that M,
 which is what it faces where nothing was measured.
 """
-
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,4 @@
 """The command line of the shoot-out: parsing, and defaults by device."""
-
 from __future__ import annotations
 
 import argparse
@@ -12,8 +11,8 @@ import torch
 from backends import registry
 from backends.problem import OUT_DTYPES
 from backends.tactic import Tactic
-from dispatch.inputs import AlphaForm
 from bench.timing import METHODS
+from dispatch.inputs import AlphaForm
 from dispatch.shapes import SHAPES, Shape
 
 #: What runs where no GPU is: every backend's code path, in seconds.

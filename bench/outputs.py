@@ -1,5 +1,4 @@
 """Where results go: the terminal, JSON, CSV, Markdown, an HTML page, a picture."""
-
 from __future__ import annotations
 
 import argparse

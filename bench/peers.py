@@ -1,5 +1,4 @@
 """Numbers of others to compare with: implementations measured on the same GPU, and published times of a B200."""
-
 from __future__ import annotations
 
 import functools

@@ -1,5 +1,4 @@
 """The plots of a shoot-out, drawn with matplotlib (optional) on axes that the caller gives."""
-
 from __future__ import annotations
 
 import io

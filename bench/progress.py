@@ -1,5 +1,4 @@
 """A progress bar with an estimate of the time left, on standard error."""
-
 from __future__ import annotations
 
 from tqdm import tqdm

@@ -1,5 +1,4 @@
 """Results of a shoot-out as values, and their JSON and CSV forms."""
-
 from __future__ import annotations
 
 import csv
@@ -12,6 +11,8 @@ from bench.clocks import Clocks
 from bench.statistics import Summary
 
 SCHEMA = 1
+#: Why a run ended that its user stopped.
+CTRL_C = "Ctrl-C"
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,13 @@ class Results:
 
     Attributes:
         environment: GPU, versions, date, command and measured ceilings, as JSON values.
-        interrupted: the run was stopped before its end.
+        interrupted: why the run stopped before its end: `CTRL_C` or an error; "" if it did not.
     """
 
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     absent: list[Absent] = field(default_factory=list)
-    interrupted: bool = False
+    interrupted: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -171,7 +172,7 @@ class Results:
         except (KeyError, TypeError) as error:
             raise ValueError(f"a row of the result misses or misnames something: {error!r}") from error
         absent = [Absent(**entry) for entry in record.get("absent", ())]
-        return cls(dict(record["environment"]), rows, absent, bool(record.get("interrupted")))
+        return cls(dict(record["environment"]), rows, absent, str(record.get("interrupted", "")))
 
 
 def competitors(rows: Iterable[Row]) -> dict[tuple, list[Row]]:

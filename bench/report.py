@@ -1,5 +1,4 @@
 """The report page: one self-contained HTML file with plots and tables, readable without a network."""
-
 from __future__ import annotations
 
 import html
@@ -32,7 +31,8 @@ def page(results: Results, with_published: bool = False) -> str:
     device = html.escape(results.environment["device"])
     body = [f"<h1>FC2 shoot-out on {device}</h1>", f"<pre>{html.escape(tables.headline(results))}</pre>"]
     if results.interrupted:
-        body.append("<p><strong>Interrupted: what follows had been measured by then.</strong></p>")
+        reason = html.escape(results.interrupted)
+        body.append(f"<p><strong>Interrupted by {reason}: what follows had been measured by then.</strong></p>")
     for rows in panels(results.rows).values():
         body.append(f"<h2>{html.escape(plots.panel_title(rows[0], results))}</h2>")
         figures = (f"<figure>{svg}</figure>" for svg in plots.svgs(rows, results, with_published))

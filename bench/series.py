@@ -1,5 +1,4 @@
 """From rows to what is drawn: curves over M, and the matrix of tactics by M. Pure values, no plotting."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

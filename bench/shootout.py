@@ -1,5 +1,4 @@
 """The shoot-out itself: all contestants on the same inputs, timed in turn, checked on the buffers that were timed."""
-
 from __future__ import annotations
 
 import contextlib
@@ -15,11 +14,16 @@ from backends.device import DeviceInfo
 from backends.interface import Operand
 from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
-from dispatch.check import Reference, errors, references
 from bench.clocks import ClockReader, Clocks
 from bench.contestants import Contestant, absent_backends, line_up
 from bench.cupti import KernelTrace
 from bench.environment import ceilings, describe, roofline
+from bench.options import Options
+from bench.records import CTRL_C, Absent, Results, Row
+from bench.statistics import summarize
+from bench.timing import Runner, choose_method, make_runner
+from dispatch.check import Reference, errors, references
+from dispatch.hardware import Gpu, floor_seconds
 from dispatch.inputs import (
     WEIGHT_STD,
     AlphaForm,
@@ -30,11 +34,6 @@ from dispatch.inputs import (
     rotation,
     token_sets,
 )
-from bench.options import Options
-from bench.records import Absent, Results, Row
-from bench.statistics import summarize
-from bench.timing import Runner, choose_method, make_runner
-from dispatch.hardware import Gpu, floor_seconds
 from dispatch.timing import Flush, interleave
 
 #: Fewer samples than these make no row when a run is interrupted or its budget is small.
@@ -69,6 +68,7 @@ def run(options: Options, report: Report = lambda text, share: None) -> Results:
     """Measure everything the options ask for.
 
     A first KeyboardInterrupt ends the measuring; what there is by then is checked and returned, marked as interrupted.
+    So is what there is when the device fails.
 
     Args:
         report: told what is being done, and the share of the whole that is done.
@@ -83,7 +83,9 @@ def run(options: Options, report: Report = lambda text, share: None) -> Results:
             for row_or_absent in _measure(options, method, results, report):
                 (results.rows if isinstance(row_or_absent, Row) else results.absent).append(row_or_absent)
     except KeyboardInterrupt:
-        results.interrupted = True
+        results.interrupted = CTRL_C
+    except RuntimeError as error:  # such as an illegal access, after which the device answers nothing more
+        results.interrupted = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return results
 
 

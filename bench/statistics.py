@@ -1,5 +1,4 @@
 """What is said of a list of timings, and when two of them differ."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

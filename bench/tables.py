@@ -1,5 +1,4 @@
 """Results as text: one table per token count, for terminals and for Markdown."""
-
 from __future__ import annotations
 
 from typing import Sequence
@@ -49,7 +48,7 @@ def render(results: Results, style: str = "simple", with_published: bool = False
         absent = tabulate([(a.label, a.reason) for a in results.absent], ("did not run", "reason"), tablefmt=style)
         parts.append(absent)
     if results.interrupted:
-        parts.append("Interrupted: the tables hold what had been measured by then.")
+        parts.append(f"Interrupted by {results.interrupted}: the tables hold what had been measured by then.")
     if results.rows:
         parts.append(f"```\n{LEGEND}\n```" if style == "github" else LEGEND)
     return "\n\n".join(parts)

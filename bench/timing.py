@@ -7,7 +7,6 @@
 | events | one eager call between two events | also the host, where it launches more slowly than the GPU runs |
 | host   | one call on a CPU | everything |
 """
-
 from __future__ import annotations
 
 from typing import Callable, Optional, Sequence

@@ -1,5 +1,4 @@
 """Made-up shoot-out results for the tests of tables, plots and comparisons."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,4 @@
 """Counting, statistics, result files and comparisons of the shoot-out, by value."""
-
 from __future__ import annotations
 
 import csv
@@ -21,7 +20,6 @@ from bench.statistics import Summary, change, geomean, summarize
 from bench.tables import LEGEND, cells, render
 from dispatch.hardware import GPUS
 from tests.bench_samples import ENVIRONMENT, row, shoot_out
-
 
 # --- statistics of known distributions
 
@@ -137,7 +135,7 @@ def test_curves_and_matrix():
 
 def test_json_round_trip():
     results = shoot_out(ms=(1, 384))
-    results.interrupted = True
+    results.interrupted = "Ctrl-C"
     stream = io.StringIO()
     write_json(results, stream)
     again = Results.from_json(json.loads(stream.getvalue()))
@@ -212,7 +210,7 @@ def test_published_times_are_shown_where_m_matches():
 
 def test_an_interrupted_run_says_so():
     results = shoot_out(ms=(8,))
-    results.interrupted = True
+    results.interrupted = "Ctrl-C"
     assert "Interrupted" in render(results, "github")
 
 

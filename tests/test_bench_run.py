@@ -1,5 +1,4 @@
 """The shoot-out's command line, inputs and checks, and whole runs of it on the CPU."""
-
 from __future__ import annotations
 
 import argparse
@@ -11,16 +10,16 @@ import pytest
 import torch
 
 from backends import quantize_nvfp4
+from backends.torch_baseline import TorchTactic
 from bench import options as command_line
 from bench import shootout
 from bench.__main__ import main
-from dispatch.check import errors, references
 from bench.contestants import Contestant
-from dispatch.inputs import AlphaForm, generator, global_factor, random_alpha, random_operand, token_sets
 from bench.options import integers, pair, parse, pin
 from bench.records import read_results
 from bench.timing import METHODS, UnavailableMethod, available_methods, choose_method
-from backends.torch_baseline import TorchTactic
+from dispatch.check import errors, references
+from dispatch.inputs import AlphaForm, generator, global_factor, random_alpha, random_operand, token_sets
 from tests.reference import half_ulp, reference
 
 CPU = torch.device("cpu")
@@ -318,9 +317,29 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     assert main([*SMALL, "--m", "1,2,3", "--iterations", "8", "--warmup", "1", "--json", path]) == 130
     assert "Interrupted" in capsys.readouterr().out
     results = read_results(path)
-    assert results.interrupted and {r.problem.m for r in results.rows} == {1, 2}
+    assert results.interrupted == "Ctrl-C" and {r.problem.m for r in results.rows} == {1, 2}
     assert all(r.iterations == 8 for r in results.rows if r.problem.m == 1)
     assert all(5 <= r.iterations < 8 and r.problem.m == 2 for r in results.rows if r.iterations != 8)
+
+
+def test_a_device_that_fails_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
+    class Dies:
+        method = "host"
+
+        def __init__(self, launches):
+            self.m = launches[0]().shape[0]
+
+        def __call__(self):
+            if self.m == 3:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+            return 1e-3
+
+    monkeypatch.setattr("bench.timing.HostRunner", Dies)
+    path = str(tmp_path / "r.json")
+    assert main([*SMALL, "--iterations", "5", "--json", path]) == 1
+    assert "illegal memory access" in capsys.readouterr().out
+    results = read_results(path)
+    assert {r.problem.m for r in results.rows} == {1} and "illegal memory access" in results.interrupted
 
 
 def test_progress_reaches_the_end():

@@ -1,5 +1,4 @@
 """What becomes of results beyond the terminal: the shipped table, the B200 procedure, the model, the report page."""
-
 from __future__ import annotations
 
 import dataclasses
