@@ -9,9 +9,9 @@ See README.md.
 
 from __future__ import annotations
 
-from .api import device_tensor, emulate
+from .api import device_tensor, emulate, emulate_ptx
 from .interception import compile_target
 from .report import Deadlock, EmulatorError, Fault, LaunchReport, PtxError, Race, Report
 
 __all__ = ["Deadlock", "EmulatorError", "Fault", "LaunchReport", "PtxError", "Race", "Report", "compile_target",
-           "device_tensor", "emulate"]
+           "device_tensor", "emulate", "emulate_ptx"]

@@ -10,7 +10,7 @@ from .interception import Launch, host_session
 from .machine import Machine
 from .memory import GlobalMemory
 from .report import LaunchReport, Report
-from .translate import program
+from .translate import Program, program
 
 _DLPACK_CUDA = 2
 
@@ -96,21 +96,48 @@ def emulate(compiled: Any, *args: Any, buffers: Iterable[Any] | Mapping[str, Any
     return report
 
 
+def emulate_ptx(ptx: str, kernel: str, args: Iterable[Any], *, grid: tuple[int, int, int] = (1, 1, 1),
+                block: tuple[int, int, int] = (32, 1, 1), cluster: tuple[int, int, int] = (1, 1, 1), smem: int = 0,
+                buffers: Mapping[str, Any] | None = None, schedule: str = "eager", seed: int = 0, num_sms: int = 148,
+                checks: bool = True, concurrent: int | None = None) -> LaunchReport:
+    """Run one kernel of a PTX text. A torch tensor argument passes its address, an int itself, bytes go by value."""
+    memory = GlobalMemory()
+    prog = program(ptx, kernel)
+    params = bytearray(prog.kernel.param_bytes)
+    for i, (param, value) in enumerate(zip(prog.kernel.params, args, strict=True)):
+        if _is_torch(value):
+            address, size = _extent(value)
+            memory.register(f"arg{i}", address, size, value)
+            value = address
+        data = value if isinstance(value, bytes) else (value % (1 << 8 * param.size)).to_bytes(param.size, "little")
+        params[param.offset:param.offset + param.size] = data
+    for name, tensor in (buffers or {}).items():
+        memory.register(name, *_extent(tensor), tensor)
+    launch = Launch(kernel, grid, block, cluster, smem, 0)
+    return _run(prog, bytes(params), launch, memory, schedule, seed, num_sms, checks, concurrent)
+
+
 def run_launch(ptx: str, launch: Launch, memory: GlobalMemory, schedule: str, seed: int, num_sms: int, checks: bool,
                concurrent: int | None) -> LaunchReport:
-    start = time.perf_counter()
+    """Run an intercepted launch; its parameters are read from the addresses the host passed."""
     prog = program(ptx, launch.kernel)
     params = bytearray(prog.kernel.param_bytes)
     for i, param in enumerate(prog.kernel.params):
         address = ctypes.c_void_p.from_address(launch.params + 8 * i).value
         params[param.offset:param.offset + param.size] = ctypes.string_at(address, param.size)
-    machine = Machine(launch, prog, bytes(params), memory, schedule=schedule, seed=seed, num_sms=num_sms, checks=checks,
+    return _run(prog, bytes(params), launch, memory, schedule, seed, num_sms, checks, concurrent)
+
+
+def _run(prog: Program, params: bytes, launch: Launch, memory: GlobalMemory, schedule: str, seed: int, num_sms: int,
+         checks: bool, concurrent: int | None) -> LaunchReport:
+    start = time.perf_counter()
+    machine = Machine(launch, prog, params, memory, schedule=schedule, seed=seed, num_sms=num_sms, checks=checks,
                       concurrent=concurrent)
     for buffer in memory.buffers:
         buffer.loads = buffer.stores = 0
     machine.run()
     return LaunchReport(
         launch.kernel, launch.grid, launch.block, launch.cluster, launch.dynamic_smem, dict(machine.counters),
-        dict(machine.high_water), {k: c["instructions"] for k, c in sorted(machine.role_counts.items())},
+        dict(machine.high_water), dict(sorted(machine.warp_instructions.items())),
         {b.name: b.loads for b in memory.buffers if b.loads}, {b.name: b.stores for b in memory.buffers if b.stores},
         time.perf_counter() - start)

@@ -232,6 +232,8 @@ class Checker:
         clock = int(w.clock[w.agent])
         self.lines[w.agent << SHIFT | clock] = w.line
         shadow.words.record_read(at, w.agent, clock)
+        if rank != w.cta.rank:
+            self._signal(rank, w.agent, clock)
 
     def _mixed(self, w, shadow: SmemShadow, at, did: str, where: str, rank: int) -> None:
         """A word access where bytes may have been written separately."""
@@ -343,10 +345,10 @@ class Checker:
         at = slice(offset >> 2, offset + size >> 2)
         view = ticket.view
         before, view[agent] = view[agent], max(view[agent], clock)  # copies of one phase write apart; see _overlap
-        epoch = shadow.words.write_conflict(at, view) or shadow.words.read_conflict(at, view)
+        epoch = shadow.words.write_conflict(at, view) or shadow.words.read_conflict(at, ticket.full)
         if not epoch and shadow.bytes is not None:
             parts = slice(at.start * 4, at.stop * 4)
-            epoch = shadow.bytes.write_conflict(parts, view) or shadow.bytes.read_conflict(parts, view)
+            epoch = shadow.bytes.write_conflict(parts, view) or shadow.bytes.read_conflict(parts, ticket.full)
         view[agent] = before
         if not epoch and (shadow.words.writes[at] == (agent << SHIFT | clock)).any():
             raise Race(f"race: two bulk copies of one phase of the {barrier} write the same shared memory "
@@ -357,11 +359,10 @@ class Checker:
         epoch = agent << SHIFT | clock
         self.lines[epoch] = ticket.warp.line
         shadow.words.writes[at] = epoch
-        if ticket.warp.cta.rank != rank:
-            self._signal(rank, agent, clock)
+        self._signal(rank, agent, clock)
 
     def issue_copy(self, w) -> Ticket:
-        return Ticket(self._view(w), 0, 0, w, foreign=w.foreign)
+        return Ticket(self._view(w), 0, 0, w, w.clock[:self.size].copy(), w.foreign)
 
     def copy_arrive(self, barrier) -> None:
         """Landing is known to whoever waits for the phase: `phase_complete` publishes it."""
@@ -374,7 +375,7 @@ class Checker:
         w.groups_committed += 1
 
     def group_waited(self, w, older: list, read_only: bool) -> None:
-        done = max((op.clock for group in older for op in group), default=0)
+        done = w.groups_committed - (len(w.bulk_groups) - len(older))
         for base in (self.store_base,) if read_only else (self.store_base, self.global_base):
             w.clock[base + w.slot] = max(w.clock[base + w.slot], done)
 
@@ -423,8 +424,8 @@ class Checker:
         barrier.clock = ticket.full.copy() if barrier.clock is None else np.maximum(barrier.clock, ticket.full)
 
     def commit_signals(self, ticket: Ticket, rank: int) -> None:
-        if rank != ticket.warp.cta.rank:
-            self._signal(rank, ticket.agent, ticket.clock)
+        self.lines[ticket.agent << SHIFT | ticket.clock] = ticket.warp.line
+        self._signal(rank, ticket.agent, ticket.clock)
 
     def async_tmem_read(self, ticket: Ticket, tmem, groups, column: int, count: int, what: str) -> None:
         rank, at = tmem.cta.rank, (groups, slice(column, column + count))
@@ -611,6 +612,9 @@ class Checker:
     # -- warps and CTAs ------------------------------------------------------------------------------------------------
     def exit_warp(self, w) -> None:
         self._settle_loads(w)
+        if w.bulk_open or w.clock[self.store_base + w.slot] < w.groups_committed:
+            raise Fault(f"warp {w.index} exits without waiting for its bulk stores (cp.async.bulk.wait_group): their source in "
+                        "shared memory may be gone before it is read")
         join(self.final[w.cta.rank], w.clock[:self.size])
 
     def cluster_end(self) -> None:
@@ -621,8 +625,8 @@ class Checker:
                 agent = int(late[0])
                 line = self.lines.get(agent << SHIFT | int(signals[agent]))
                 raise Race(f"CTA rank {rank} may exit while {self.agent_name(agent)}"
-                           f"{f' (PTX line {line})' if line else ''} still accesses its shared memory or barriers: no warp of "
-                           "the CTA waits for that access before it exits")
+                           f"{f' (PTX line {line})' if line else ''} still accesses its shared memory or signals its barriers: "
+                           "no warp of the CTA has waited for that when it exits")
 
     # -- global memory: epochs carry the cluster's number, and knowledge crosses clusters only through atomics -----------
     def _global_shadow(self, buffer) -> Shadow:
@@ -682,20 +686,21 @@ class Checker:
     def async_global_read(self, ticket: Ticket, box) -> None:
         self._box_access(ticket, box, False, "TMA load")
 
-    def async_global_write(self, ticket: Ticket, box, reduce: bool) -> None:
+    def async_global_write(self, ticket: Ticket, box, reduce: bool, same) -> None:
         if reduce:
             self._global_shadow(box.buffer)
         else:
-            self._box_access(ticket, box, True, "TMA store")
+            self._box_access(ticket, box, True, "TMA store", same)
 
-    def _box_access(self, ticket: Ticket, box, write: bool, what: str) -> None:
+    def _box_access(self, ticket: Ticket, box, write: bool, what: str, same=None) -> None:
         w = ticket.warp
         index = np.zeros(1, np.int64) + (box.offset >> 2)
         for n, stride in zip(box.shape[:-1], box.strides[:-1]):
             index = (index[:, None] + np.arange(n) * (stride >> 2)).ravel()
         index = (index[:, None] + np.arange(-(-box.shape[-1] // 4))).ravel()
         agent = self.global_base + w.slot if write else 0
-        self._global_access(box.buffer, index, agent, ticket.clock, ticket.view, ticket.foreign, write, w.line, what=what)
+        self._global_access(box.buffer, index, agent, ticket.clock, ticket.view, ticket.foreign, write, w.line, same,
+                            what)
 
     def async_global_span(self, ticket: Ticket, buffer, at: int, size: int, write: bool, reduce: bool) -> None:
         if reduce or not write and buffer.shadow is None:

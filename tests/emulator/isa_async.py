@@ -369,8 +369,6 @@ def cp_async_(e, instr: Instr) -> None:
 def async_wait(w, keep):
     groups = w.async_groups
     older = groups[:len(groups) - keep] if keep else groups
-    if keep == 0 and w.async_open:
-        older = older + [w.async_open] if keep is None else older
     if all(op_.done for group in older for op_ in group):
         if w.check:
             w.check.cp_async_waited(w, older)

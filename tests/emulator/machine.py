@@ -382,7 +382,7 @@ class Machine:
         self.pipes: list[deque] = []
         self.events = 0
         self.ready: deque[Warp] = deque()
-        self.role_counts: dict[int, Counter] = {}
+        self.warp_instructions: Counter = Counter()  # by warp index, summed over CTAs
         self.foreign: dict = {}  # knowledge of other clusters carried by a barrier, see checks
         self.atomics: dict = {}  # clocks published through an atomic's address
         self.global_lines: dict[int, int] = {}
@@ -504,8 +504,7 @@ class Machine:
         lengths = self.program.lengths
         for cta in cluster.ctas:
             for w in cta.warps:
-                total = sum(c * n for c, n in zip(w.counts, lengths) if c)
-                self.role_counts.setdefault(w.index, Counter())["instructions"] += total
+                self.warp_instructions[w.index] += sum(c * n for c, n in zip(w.counts, lengths) if c)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
     def run(self) -> None:

@@ -36,7 +36,7 @@ class Buffer:
     def __post_init__(self) -> None:
         raw = (ctypes.c_uint8 * max(self.size, 1)).from_address(self.base)
         self.bytes = np.frombuffer(raw, np.uint8)[:self.size]
-        self.loads = self.stores = 0
+        self.loads = self.stores = 0  # bytes
         self.shadow = None
 
 
@@ -225,7 +225,7 @@ def global_load(w, address, size, count, signed, cls, mask):
     if type(address) is not _ndarray:
         _check_alignment(address, step, "global load")
         buffer = memory.find(address, step, "load")
-        buffer.loads += 1
+        buffer.loads += step
         at = address - buffer.base
         if w.check and buffer.shadow is not None:
             w.check.global_read(w, buffer, at, step)
@@ -235,9 +235,10 @@ def global_load(w, address, size, count, signed, cls, mask):
     address = _active_addresses(address, mask).astype(np.int64)
     if (address & step - 1).any():
         _check_alignment(int(address[(address & step - 1) != 0][0]), step, "global load")
+    active = w.active_count(mask)
     out = np.empty((32, step), np.uint8)
     for buffer, chosen in _by_buffer(memory, address, step, "load"):
-        buffer.loads += 1
+        buffer.loads += step * active
         at = (address if chosen is None else address[chosen]) - buffer.base
         if w.check and buffer.shadow is not None:
             w.check.global_read_lanes(w, buffer, at, step)
@@ -265,7 +266,7 @@ def global_store(w, address, values, size, mask):
         data[:, i] = v[lanes].astype(_DTYPES[size]) if type(v) is _ndarray else v & (1 << 8 * size) - 1
     data = data.view(np.uint8)
     for buffer, chosen in _by_buffer(memory, address, step, "store"):
-        buffer.stores += 1
+        buffer.stores += data.size if chosen is None else data[chosen].size
         at = (address if chosen is None else address[chosen]) - buffer.base
         index = at[:, None] + np.arange(step)
         part = data if chosen is None else data[chosen]

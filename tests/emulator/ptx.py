@@ -200,6 +200,7 @@ class _Body:
         self.scope_ids = [0]
         self.next_scope = 0
         self.pending: list[tuple[Instr, int]] = []
+        self.call_params: set[str] = set()
 
     def parse(self) -> None:
         pattern = re.compile(r"\s*(?:([{}])|([$\w]+)\s*:(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
@@ -256,7 +257,9 @@ class _Body:
         elif text.startswith((".local", ".shared", ".global", ".const")):
             match = _VARIABLE.match(text + ";")
             self.kernel.variables[match.group(4)] = _variable(match)
-        elif text.startswith((".loc", ".pragma", ".file", ".param", ".callprototype")):
+        elif text.startswith(".param"):  # an argument or result of a call
+            self.call_params.add(re.search(r"([$\w]+)\s*(\[\d+\])?$", text).group(1))
+        elif text.startswith((".loc", ".pragma", ".file", ".callprototype")):
             pass
         else:
             self._instruction(text)
@@ -292,6 +295,10 @@ class _Body:
             operands = [self._operand(o) for o in _split(rest)] if rest.strip() else []
         instr = Instr(opcode, operands, self._register(guard) if guard else None, negated == "!", self.line,
                       re.sub(r"\s+", " ", text))
+        if instr.opcode.startswith(("ld.param", "st.param")):
+            mem = operands[instr.opcode.startswith("ld")]
+            if isinstance(mem.base, Symbol) and mem.base.name in self.call_params:
+                return
         if instr.parts[0] == "bra":
             self.pending.append((instr, tuple(self.scope_ids)))
         self.kernel.instrs.append(instr)

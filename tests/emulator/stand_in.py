@@ -67,7 +67,10 @@ def _live_tensors(memory: GlobalMemory) -> None:
 def gpu_stand_in(schedule: str = "eager", seed: int = 0, num_sms: int = 148, checks: bool = True,
                  concurrent: int | None = None) -> Iterator[Report]:
     """Inside, "cuda" tensors are CPU tensors and every CuTe DSL launch is emulated; yields the report that collects them."""
+    import cuda.bindings.driver as driver
+    import cutlass.base_dsl.runtime.cuda as dsl_cuda
     import cutlass.cute.testing as testing
+    import cutlass
     from cutlass.utils import HardwareInfo
 
     report = Report(schedule, seed)
@@ -77,6 +80,7 @@ def gpu_stand_in(schedule: str = "eager", seed: int = 0, num_sms: int = 148, che
         _live_tensors(memory)
         report.launches.append(run_launch(ptx, launch, memory, schedule, seed, num_sms, checks, concurrent))
 
+    success = driver.CUresult.CUDA_SUCCESS
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda _s: None)
     properties = types.SimpleNamespace(multi_processor_count=num_sms, major=10, minor=0, name="emulated SM100",
                                        total_memory=1 << 36)
@@ -91,6 +95,13 @@ def gpu_stand_in(schedule: str = "eager", seed: int = 0, num_sms: int = 148, che
                            get_max_active_clusters=lambda self, size, *_a: num_sms // size,
                            get_device_multiprocessor_count=lambda self: num_sms,
                            get_l2_cache_size_in_bytes=lambda self: 126 << 20),
+        driver: dict(cuInit=lambda _flags: (success,), cuDeviceGetCount=lambda: (success, 1),
+                     cuDeviceGet=lambda _i: (success, 0), cuCtxGetCurrent=lambda: (success, 1),
+                     cuDevicePrimaryCtxRetain=lambda _d: (success, 1), cuCtxSetCurrent=lambda _c: (success,),
+                     cuStreamCreate=lambda _f: (success, driver.CUstream(0)), cuStreamSynchronize=lambda _s: (success,),
+                     cuCtxSynchronize=lambda: (success,), cuStreamDestroy=lambda _s: (success,)),
+        dsl_cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
+        cutlass.cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
         testing: dict(benchmark=lambda *_a, **_k: 0.0),
     }
     dlpack = torch.Tensor.__dlpack__

@@ -185,9 +185,9 @@ def write_box(memory, tm: TensorMap, coords: tuple[int, ...], data: np.ndarray, 
     box, dense = clip(memory, tm, coords, "TMA store")
     if box is None:
         return None
-    if check is not None:
-        check.async_global_write(ticket, box, reduce is not None)
     window, values = box.window(), data.reshape(dense)[box.where]
+    if check is not None:
+        check.async_global_write(ticket, box, reduce is not None, lambda: bool((window == values).all()))
     if reduce is None:
         window[...] = values
     else:
