@@ -11,7 +11,7 @@ AHEAD = gl.constexpr(5)
 
 @gluon.jit(do_not_specialize=["tokens"])
 def fc2_dense(
-    a_data, a_scale, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles,
+    a_data, a_scale, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, rows32,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
     TOKENS: gl.constexpr, SLOTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def fc2_dense(
         count = gl.minimum(last - unit, CHUNKS - first)
         token0 = (tile % token_tiles) * TOKENS
         acts = _activation_pointers(a_data, a_scale, token0, tokens, thread, EXPERTS * INNER, A_SWIZZLED)
-        weights = _weight_pointers(w_data, w_scale, tile // token_tiles, thread, EXPERTS * INNER, WARPS)
+        weights = _weight_pointers(w_data, w_scale, tile // token_tiles, thread, rows32, WARPS)
         column = token0 + gl.arange(0, TOKENS, layout=COLUMN)
         total = gl.full([16 * WARPS, TOKENS], 0.0, gl.float32, ACC)
         words = _load_weights(weights, first, count > 0, thread)
@@ -93,7 +93,7 @@ def _chunk(
     turn = (thread // 32 % 2) * 8
     wanted = (at + 1 < end).to(gl.int32) + thread * 0
     prefetch(weights[2] + (at + AHEAD).to(gl.int64) * weights[3], ((at + AHEAD < end) & weights[4]).to(gl.int32))
-    following = weights[0] + (at + 1) * 1024
+    following = weights[0] + (at + 1) * weights[5]
     ahead = ()
     # Each quarter's registers take the next chunk's words as soon as they are decoded.
     for q in gl.static_range(4):
@@ -103,7 +103,7 @@ def _chunk(
         partial = warpgroup_mma(left, right, partial, use_acc=q > 0, is_async=True)
         # At most two quarters' left operands occupy registers.
         partial = warpgroup_mma_wait(1, deps=[partial])
-    scale_ahead = load4(weights[1] + (at + 1) * 128, wanted)
+    scale_ahead = load4(weights[1] + (at + 1) * (weights[5] // 8), wanted)
     _store_activations(other, codes, TOKENS, WARPS)
     later = _load_activations(acts, at + 2, at + 2 < end, token0, tokens, thread, EXPERTS * INNER, A_SWIZZLED, TOKENS, WARPS)
     # Past the end the weights read as zero.
@@ -114,27 +114,27 @@ def _chunk(
 
 
 @gluon.jit
-def _weight_pointers(w_data, w_scale, tile, thread, K: gl.constexpr, WARPS: gl.constexpr):
+def _weight_pointers(w_data, w_scale, tile, thread, rows32, WARPS: gl.constexpr):
     lane = thread % 32
     warp = thread // 32
-    block = (tile * (WARPS // 2) + warp // 2).to(gl.int64)
+    block = tile * (WARPS // 2) + warp // 2
     # One line of the tile's chunk per thread for the prefetch: 32 of data, then 4 of scale factors, per 32 rows.
-    row = (tile * (WARPS // 2) + thread // 36).to(gl.int64)
+    row = tile * (WARPS // 2) + thread // 36
     line = thread % 36
-    lines = gl.where(line < 32, w_data + row * (32 * K // 8) + line * 32, w_scale + row * (32 * K // 64) + (line - 32) * 32)
+    lines = gl.where(line < 32, w_data + row * 1024 + line * 32, w_scale + row * 128 + (line - 32) * 32)
     return (
-        w_data + block * (32 * K // 8) + (warp % 2) * 128 + lane * 4, w_scale + block * (32 * K // 64) + lane * 4,
-        lines, gl.where(line < 32, 1024, 128), thread < 18 * WARPS,
+        w_data + block * 1024 + (warp % 2) * 128 + lane * 4, w_scale + block * 128 + lane * 4,
+        lines, gl.where(line < 32, 1024, 128) * rows32.to(gl.int64), thread < 18 * WARPS, rows32.to(gl.int64) * 1024,
     )  # fmt: skip
 
 
 @gluon.jit
 def _load_weights(weights, chunk, wanted, thread):
     """16 rows x 256 values of one warp: four times four words, and four words of scale factors."""
-    data = weights[0] + chunk * 1024
+    data = weights[0] + chunk * weights[5]
     here = wanted.to(gl.int32) + thread * 0
     x = (load4(data, here), load4(data + 256, here), load4(data + 512, here), load4(data + 768, here))
-    return x, load4(weights[1] + chunk * 128, here)
+    return x, load4(weights[1] + chunk * (weights[5] // 8), here)
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import decode_activations, load1, load4, multiply1, prefetch
+from backends.triton.fragments import decode_activations, load1, load4, multiply1
 
 
 @gluon.jit
@@ -14,7 +14,7 @@ def _sum(x, y):
 def fc2_few(
     a_data, a_scale, w_data, w_scale, alpha, out, lists, tokens, hidden,
     EXPERTS: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
-    BLOCKS: gl.constexpr, GROUPS: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr,
+    BLOCKS: gl.constexpr, GROUPS: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     """32 * BLOCKS rows of B per program of 4 * GROUPS warps.
 
@@ -52,10 +52,11 @@ def fc2_few(
     gl.thread_barrier()
     steps = count * CHUNKS
 
+    rows32 = gl.cdiv(hidden, 128) * 4
     weights = (
-        w_data + program.to(gl.int64) * (BLOCKS * 32 * K // 8) + quarter * 256 + lane * 4,
-        w_scale + program.to(gl.int64) * (BLOCKS * 32 * K // 64) + lane * 4 + quarter,
-    )
+        w_data + program * (BLOCKS * 1024) + quarter * 256 + lane * 4, w_scale + program * (BLOCKS * 128) + lane * 4 + quarter,
+        rows32.to(gl.int64),
+    )  # fmt: skip
     row = gl.minimum(g, tokens - 1)
     a_data += row.to(gl.int64) * (K // 8) + quarter * 8 + t * 2
     if A_SWIZZLED:
@@ -80,25 +81,14 @@ def fc2_few(
     stages = ()
     for stage in gl.static_range(DEPTH):
         stages = stages + (
-            _fetch(selected, stage * GROUPS + group, steps, weights, tokens_of, zero, K, CHUNKS, scale_step, BLOCKS),
+            _fetch(selected, stage * GROUPS + group, steps, weights, tokens_of, zero, CHUNKS, scale_step, BLOCKS),
         )
-    # One line per thread of what its group fetches AHEAD steps later: 32 of data, then 4 of scale factors, per block.
-    line = thread % 128
-    block = program.to(gl.int64) * BLOCKS + line // 36
-    lines = gl.where(
-        line % 36 < 32, w_data + block * (32 * K // 8) + line % 36 * 32, w_scale + block * (32 * K // 64) + (line % 36 - 32) * 32
-    )
-    line_step = gl.where(line % 36 < 32, 1024, 128).to(gl.int64)
-    has_line = (line < 36 * BLOCKS).to(gl.int32)
-    far = _chunk_of(selected, (DEPTH + AHEAD) * GROUPS + group, steps, CHUNKS)
     for first in range(0, steps, DEPTH * GROUPS):
         ahead = ()
         for stage in gl.static_range(DEPTH):
             total = _accumulate(total, stages[stage], zero, BLOCKS)
             step = first + (DEPTH + stage) * GROUPS + group
-            prefetch(lines + far * line_step, has_line * (step + AHEAD * GROUPS < steps).to(gl.int32))
-            far = _chunk_of(selected, step + (AHEAD + 1) * GROUPS, steps, CHUNKS)
-            ahead = ahead + (_fetch(selected, step, steps, weights, tokens_of, zero, K, CHUNKS, scale_step, BLOCKS),)
+            ahead = ahead + (_fetch(selected, step, steps, weights, tokens_of, zero, CHUNKS, scale_step, BLOCKS),)
         stages = ahead
 
     # Partial sums of the warps are added in order, [8 * BLOCKS accumulators, 4 * GROUPS warps, 32 lanes].
@@ -121,17 +111,12 @@ def fc2_few(
 
 
 @gluon.jit
-def _chunk_of(selected, step, steps, CHUNKS: gl.constexpr):
-    return gl.load(selected + step // CHUNKS, mask=step < steps, other=0) * CHUNKS + step % CHUNKS
-
-
-@gluon.jit
 def _fetch(
     selected, step, steps, weights, tokens_of, zero,
-    K: gl.constexpr, CHUNKS: gl.constexpr, SCALE_STEP: gl.constexpr, BLOCKS: gl.constexpr,
+    CHUNKS: gl.constexpr, SCALE_STEP: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Everything a thread needs of one chunk, in flight; zeros past the last step."""
-    w_data, w_scale = weights
+    w_data, w_scale, rows32 = weights
     a_data, a_scale, alpha0, alpha1, has_token = tokens_of
     inside = (step < steps) & (zero == 0.0)
     expert = gl.load(selected + step // CHUNKS, mask=step < steps, other=0)
@@ -139,8 +124,8 @@ def _fetch(
     wanted = inside.to(gl.int32)
     words = ()
     for block in gl.static_range(BLOCKS):
-        data = w_data + block * (32 * K // 8) + chunk * 1024
-        scale = load1(w_scale + block * (32 * K // 64) + chunk * 128, wanted)
+        data = w_data + chunk * (rows32 * 1024) + block * 1024
+        scale = load1(w_scale + chunk * (rows32 * 128) + block * 128, wanted)
         words = words + ((load4(data, wanted), load4(data + 128, wanted), scale),)
     used = wanted * has_token
     codes = load1(a_data + chunk * 32, used), load1(a_data + chunk * 32 + 1, used)

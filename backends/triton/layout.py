@@ -1,16 +1,17 @@
 """The prepared form of B: the order in which the threads of the fast kernels read it.
 
-Rows come in blocks of 32 (two instructions of 16 rows), K in chunks of 256 (four quarters of 64). Padding rows are zero.
+Rows come in blocks of 32 (two instructions of 16 rows), K in chunks of 256 (four quarters of 64). Rows are padded to 128 with zeros.
+Chunks are outermost: programs that walk the experts together then read one contiguous piece of memory at a time.
 
-- data: int32 [N/32, K/256, quarter 4, half 2, lane 32, step 4]. A word holds the 8 codes that lane 4g + t gives to one
+- data: int32 [K/256, N/32, quarter 4, half 2, lane 32, step 4]. A word holds the 8 codes that lane 4g + t gives to one
   matrix instruction: rows g and g + 8 of the half, and four of its 16 values of K (`fragments.py` names them). In each
   16-bit side of the word, from bit 15 down: the signs of registers 0, 2, 3, 1, then the magnitudes of registers
   0, 1, 2, 3. Registers 0 and 2 are row g, 1 and 3 row g + 8.
-- scale: int32 [N/32, K/256, lane 32, quarter 4], four scale factors each: rows g and g + 8 of both halves, for the 16
+- scale: int32 [K/256, N/32, lane 32, quarter 4], four scale factors each: rows g and g + 8 of both halves, for the 16
   values of lane t. A factor s is stored as bits 14..7 of the float16 64*s, which any non-negative e4m3 fits exactly. Half 0
   lies at bits 14..7 of the 16-bit sides, half 1 likewise after a rotation to the left by 8.
 
-The size is that of the plain form, with N rounded up to 32: 0.5625 bytes per weight.
+The size is that of the plain form, with N rounded up to 128: 0.5625 bytes per weight.
 """
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from backends.operand import Nvfp4Tensor, PreparedOperand, linear_scale, round_u
 
 #: Name of this arrangement in `PreparedOperand.form`.
 FORM = "fragments"
-#: Rows per block and values of K per chunk.
-ROWS, CHUNK = 32, 256
+#: Rows per block, values of K per chunk, and the multiple that rows are padded to (the tallest tile of a kernel).
+ROWS, CHUNK, PADDING = 32, 256, 128
 
 # Register -> (bit of its sign, lowest bit of its magnitude) in a 16-bit side.
 _SIGN = (15, 12, 14, 13)
@@ -37,16 +38,16 @@ def prepare(b: Nvfp4Tensor) -> PreparedOperand:
         ValueError: a negative scale factor, which this form cannot hold.
     """
     rows, k = b.shape
-    blocks = round_up(rows, ROWS) // ROWS
-    data = torch.empty((blocks, k // CHUNK, 4, 2, 32, 4), dtype=torch.int32, device=b.device)
-    scale = torch.empty((blocks, k // CHUNK, 32, 4), dtype=torch.int32, device=b.device)
+    blocks = round_up(rows, PADDING) // ROWS
+    data = torch.empty((k // CHUNK, blocks, 4, 2, 32, 4), dtype=torch.int32, device=b.device)
+    scale = torch.empty((k // CHUNK, blocks, 32, 4), dtype=torch.int32, device=b.device)
     plain = b.scale if b.layout == "linear" else linear_scale(b.scale, rows, 0, k // 16)
     if bool((plain >= 128).any()):
         raise ValueError("b has negative scale factors, which the prepared form cannot hold; pass b as it is")
     for start in range(0, rows, _STEP):
         part = slice(start // ROWS, (start + _STEP) // ROWS)
-        data[part] = _pack_data(_padded(b.data[start : start + _STEP]))
-        scale[part] = _pack_scale(_padded(plain[start : start + _STEP]))
+        data[:, part] = _pack_data(_padded(b.data[start : start + _STEP])).transpose(0, 1)
+        scale[:, part] = _pack_scale(_padded(plain[start : start + _STEP])).transpose(0, 1)
     return PreparedOperand("triton", FORM, b.shape, data.view(torch.uint8), scale.view(torch.uint8), b.global_scale)
 
 
@@ -58,13 +59,13 @@ def unprepare(p: PreparedOperand) -> Nvfp4Tensor:
     for start in range(0, rows, _STEP):
         part = slice(start // ROWS, (start + _STEP) // ROWS)
         count = min(_STEP, rows - start)
-        data[start : start + count] = _unpack_data(p.data.view(torch.int32)[part])[:count]
-        scale[start : start + count] = _unpack_scale(p.scale.view(torch.int32)[part])[:count]
+        data[start : start + count] = _unpack_data(p.data.view(torch.int32)[:, part].transpose(0, 1))[:count]
+        scale[start : start + count] = _unpack_scale(p.scale.view(torch.int32)[:, part].transpose(0, 1))[:count]
     return Nvfp4Tensor(data, scale, "linear", p.global_scale).to_layout("128x4")
 
 
 def _padded(x: torch.Tensor) -> torch.Tensor:
-    missing = -x.shape[0] % ROWS
+    missing = -x.shape[0] % PADDING
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 

@@ -7,7 +7,7 @@ from backends.triton.fragments import load4, load4_shared, multiply1, multiply2,
 
 @gluon.jit(do_not_specialize=["tokens"])
 def fc2_routed(
-    w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens,
+    w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """64 rows of B and every SETS-th used expert per program of 4 warps.
@@ -25,7 +25,6 @@ def fc2_routed(
     THREADS: gl.constexpr = 128
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     QUAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
-    K: gl.constexpr = EXPERTS * INNER
     CHUNKS: gl.constexpr = INNER // 256
     e = gl.arange(0, EXPERTS_PADDED, layout=LINE)
     uses = gl.load(counts + e, mask=e < EXPERTS, other=0)
@@ -39,9 +38,8 @@ def fc2_routed(
     warp = thread // 32
     t = lane % 4
     block = tile * 2 + warp // 2
-    w_lines, s_lines = w_data, w_scale
-    w_data += block.to(gl.int64) * (32 * K // 8) + (warp % 2) * 128 + lane * 4
-    w_scale += block.to(gl.int64) * (32 * K // 64) + lane * 4
+    rows32 = gl.cdiv(hidden, 128).to(gl.int64) * 4
+    weights = (w_data + block * 1024 + (warp % 2) * 128 + lane * 4, w_scale + block * 128 + lane * 4, rows32)
     turn = (warp % 2) * 8
     always = gl.full([THREADS], 1, gl.int32, LINE)
     zero = gl.full([THREADS], 0.0, gl.float32, LINE)
@@ -61,10 +59,9 @@ def fc2_routed(
     # Each warp of a pair that shares 32 rows prefetches half of their chunk: 36 lines of 128 bytes.
     line = warp % 2 * 18 + lane
     lines = gl.where(
-        line < 32, w_lines + block.to(gl.int64) * (32 * K // 8) + line * 32,
-        s_lines + block.to(gl.int64) * (32 * K // 64) + (line - 32) * 32,
-    )  # fmt: skip
-    line_step = gl.where(line < 32, 1024, 128).to(gl.int64)
+        line < 32, w_data + block * 1024 + line * 32, w_scale + block * 128 + (line - 32) * 32
+    )
+    line_step = gl.where(line < 32, 1024, 128) * rows32
     has_line = (lane < 18).to(gl.int32)
     queue = ()
     for i in gl.static_range(AHEAD + 1):
@@ -73,13 +70,13 @@ def fc2_routed(
             prefetch(lines + (queue[i] * CHUNKS + (part + i * SETS) % CHUNKS) * line_step, has_line)
     lists = (counts, token_of + 2 * t, weight_of + 2 * t)
     uses_now = _uses(lists, queue[0], tokens, part < steps)
-    words = _weights(w_data, w_scale, queue[0] * CHUNKS + part % CHUNKS, always)
+    words = _weights(weights, queue[0] * CHUNKS + part % CHUNKS, always)
     for step in range(part, steps, SETS):
         expert = queue[0]
         count, listed = uses_now
         x, scale = words
         inside = step + SETS < steps
-        words = _weights(w_data, w_scale, queue[1] * CHUNKS + (step + SETS) % CHUNKS, always * inside.to(gl.int32))
+        words = _weights(weights, queue[1] * CHUNKS + (step + SETS) % CHUNKS, always * inside.to(gl.int32))
         uses_now = _uses(lists, queue[1], tokens, inside)
         far = step + AHEAD * SETS
         prefetch(lines + (queue[AHEAD] * CHUNKS + far % CHUNKS) * line_step, has_line * (far < steps).to(gl.int32))
@@ -149,11 +146,12 @@ def _pair(listed, mine, left):
 
 
 @gluon.jit
-def _weights(w_data, w_scale, chunk, wanted):
+def _weights(weights, chunk, wanted):
     """16 rows x 256 values of one warp: four times four words, and four words of scale factors."""
-    data = w_data + chunk.to(gl.int64) * 1024
+    w_data, w_scale, rows32 = weights
+    data = w_data + chunk * (rows32 * 1024)
     x = (load4(data, wanted), load4(data + 256, wanted), load4(data + 512, wanted), load4(data + 768, wanted))
-    return x, load4(w_scale + chunk.to(gl.int64) * 128, wanted)
+    return x, load4(w_scale + chunk * (rows32 * 128), wanted)
 
 
 @gluon.jit
