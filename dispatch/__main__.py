@@ -187,8 +187,7 @@ def prepared_layouts(problem: Fc2Problem, device: DeviceInfo, backends: Optional
         backend = registry.get(name)
         if not backend.is_automatic(device):
             continue
-        # 128 rows stand for all: a form depends on K and E at most.
-        k = problem.intermediate
+        k = problem.k  # 128 rows stand for all
         zeros = torch.zeros((128, k // 2), dtype=torch.uint8), torch.zeros(scale_shape(128, k, "128x4"), dtype=torch.uint8)
         layouts.append(backend.prepare(Nvfp4Tensor(*zeros)).layout)
     return [layout for layout in dict.fromkeys(layouts) if "/" in layout]

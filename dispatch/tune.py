@@ -131,7 +131,8 @@ class TuneReport:
 
     Attributes:
         entries: new measurements and failures.
-        done, resumed, left: points measured now, found measured already, and not reached.
+        done, resumed, left: points measured now, found measured already, and not reached. A point whose share of the
+            time did not suffice for all candidates is done, marked in the store, and measured anew by the next run.
         impossible: points whose inputs could not be made, with the reason.
         seconds: wall time.
         path: the user's table.
@@ -223,6 +224,9 @@ def autotune(
     points = [Point(p, form) for p in dict.fromkeys(problems) for form in alphas or (wanted_alpha(p),)]
     for point in points:
         _check(point)
+    for name in backends or ():
+        if name not in registry.names():
+            raise ArgumentError(f"backend is {name!r}; known: {', '.join(registry.names())}")
     tuner = _Tuner(str(device), info, budget_s, backends, candidates, again)
     return tuner.run(points, refine, progress)
 
@@ -292,14 +296,12 @@ class _Tuner:
         return self.deadline - time.monotonic()
 
     def _known(self, point: Point) -> list[Entry]:
-        """The user's valid entries of a point, of the backends asked for."""
+        """The user's valid entries of a point, of the backends asked for; none if the point was cut short."""
         table = store.measured_for(self.info).user
         wanted = table_problem(point.problem)
-        return [
-            e
-            for e in (table.entries if table else ())
-            if e.problem == wanted and e.alpha == point.alpha and (not self.backends or e.tactic.backend in self.backends)
-        ]
+        found = [e for e in (table.entries if table else ()) if e.problem == wanted and e.alpha == point.alpha]
+        found = [e for e in found if not self.backends or e.tactic.backend in self.backends]
+        return [] if any("cut" in e.notes for e in found) else found
 
     def _between(self) -> list[Point]:
         """Further points, where a bucket between two tuned token counts is too coarse."""
@@ -316,14 +318,17 @@ class _Tuner:
 
     def _tune(self, point: Point, points_left: int, bar: Any) -> None:
         """Measure one point with a fair share of the time left, twice over for a slow one, and save it."""
+        self._ready(point)
         share = min(self.deadline, time.monotonic() + 2 * self._seconds_left() / points_left)
         failures: dict[Tactic, str] = {}
         passed: list[Tactic] = []
         seen = self.times.get((replace(point.problem, m=1), point.alpha), {})
         winners = [min(times, key=lambda t: times[t]) for times in seen.values() if times]
         tactics = plan(point, self.info, store.measured_for(self.info), self.backends, self.limit, winners)
+        cut = {}
         for index, tactic in enumerate(tactics):
             if time.monotonic() > share and passed:
+                cut = {"cut": f"{index} of {len(tactics)}"}
                 break
             bar.set_postfix_str(f"m={point.problem.m} {point.alpha}, checking {index + 1}/{len(tactics)}")
             reason = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
@@ -335,7 +340,7 @@ class _Tuner:
             else:
                 passed.append(tactic)
         samples, conditions = self._race(point, passed, failures, share)
-        entries = self._entries(point, samples, failures, conditions)
+        entries = self._entries(point, samples, failures, {**conditions, **cut})
         if not samples and self._seconds_left() <= 0:
             self.report.left.append(point)
             return
@@ -428,7 +433,7 @@ class _Tuner:
                 entries.append(Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes))
                 continue
             timing = Timing(tuple(samples[tactic]), conditions["timer"], conditions["l2"])
-            notes["rounds"] = len(timing.samples)
+            notes["samples"] = len(timing.samples)
             entries.append(Entry(problem, point.alpha, tactic, timing.median, timing.spread, notes=notes))
         return entries
 
@@ -497,7 +502,7 @@ def plan(
     limit: int,
     winners: Sequence[Tactic] = (),
 ) -> list[Tactic]:
-    """The tactics to run at a point, each backend's incumbent first, then by expected time.
+    """The tactics to run at a point: each backend's incumbent and choice, earlier winners, the rest by expected time.
 
     Args:
         backends: names; default those that "auto" may take.
@@ -508,10 +513,7 @@ def plan(
     rest: list[tuple[float, Tactic]] = []
     unknown: list[Tactic] = []
     for name in backends or registry.names():
-        backend = registry.get(name) if name in registry.names() else None
-        if backend is None:
-            raise ArgumentError(f"backend is {name!r}; known: {', '.join(registry.names())}")
-        if not backends and not backend.is_automatic(device):
+        if not backends and not registry.get(name).is_automatic(device):
             continue
         try:
             decision = choose(point.problem, device, measured, name, complete=True)
@@ -525,11 +527,15 @@ def plan(
         unknown += [c.tactic for c in own if not c.estimate]
     if not first:
         raise UnavailableError("no backend can run this problem; see `python -m dispatch explain`")
-    known = sorted(rest, key=lambda pair: pair[0])
-    kept = [tactic for seconds, tactic in known if seconds <= PRUNE * known[0][0]]
-    applicable = {t for _, t in rest} | set(unknown) | set(first)
-    # Of those that nothing is known about, some from all over the list: it enumerates the tactics' fields in order.
-    free = max(0, limit - len({*first, *kept[:limit]}))
-    spread = [unknown[i * len(unknown) // free] for i in range(min(free, len(unknown)))] if free else []
-    wanted = dict.fromkeys([*first, *(w for w in winners if w in applicable), *kept, *spread])
+    rest.sort(key=lambda pair: pair[0])
+    kept = [tactic for seconds, tactic in rest if seconds <= PRUNE * rest[0][0]]
+    allowed = {*first, *unknown, *(tactic for _, tactic in rest)}
+    wanted = dict.fromkeys([*first, *(tactic for tactic in winners if tactic in allowed)])
+    # Of tactics that nothing is known about, some from all over the list, which enumerates their fields in order: at
+    # least a third of the room, or none of them would ever become known.
+    unknown = [tactic for tactic in unknown if tactic not in wanted]
+    room = max(0, limit - len(wanted))
+    count = min(len(unknown), max(room - len(kept), -(-room // 3)))
+    sampled = [unknown[i * len(unknown) // count] for i in range(count)]
+    wanted = dict.fromkeys([*wanted, *[t for t in kept if t not in wanted][: room - count], *sampled])
     return list(wanted)[: max(limit, len(dict.fromkeys(first)))]

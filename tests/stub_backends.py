@@ -15,7 +15,7 @@ from backends.torch_baseline import TorchBackend, TorchTactic
 class StubTactic(Tactic):
     """
     Attributes:
-        fault: "" or what goes wrong in `run`: "wrong", "nan", "random", "raise", "oom", "crash", "hang", "exit".
+        fault: "" or what goes wrong in `run`: "wrong", "nan", "random", "raise", "oom", "crash", "hang".
         delay_ms: time that a call takes on top.
     """
 
@@ -39,7 +39,6 @@ class StubBackend(Fc2Backend):
         StubTactic("raise"),
         StubTactic("oom"),
         StubTactic("crash"),
-        StubTactic("exit"),
     )
 
     def __init__(self):
@@ -73,8 +72,6 @@ class StubBackend(Fc2Backend):
             raise torch.OutOfMemoryError("CUDA out of memory")
         elif tactic.fault == "crash":
             os.abort()
-        elif tactic.fault == "exit":
-            os._exit(7)
         elif tactic.fault == "hang":
             time.sleep(3600)
 

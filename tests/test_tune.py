@@ -1,0 +1,230 @@
+"""Tuning on a CPU with backends that misbehave in every way: candidates are isolated, checked, timed and remembered."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dispatch
+from backends import DeviceInfo, Fc2Problem, quantize_nvfp4, register, unregister
+from backends.cute.budget import CuteTactic
+from backends.torch_baseline import TorchTactic
+from dispatch import ArgumentError, environment, store, tune
+from dispatch.choice import choose
+from dispatch.hardware import GPUS
+from dispatch.measured import Measured
+from dispatch.model import Family, Model
+from dispatch.tune import Point, autotune, coarse_to_fine, next_m, plan
+from tests.stub_backends import HangingBackend, StubBackend, StubTactic
+
+CPU = DeviceInfo("cpu", "cpu")
+# float32, so that a flipped last bit stays inside the accuracy bar and only reproducibility catches it.
+PROBLEM = Fc2Problem(3, 64, 128, 4, torch.float32, device_type="cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    settings = replace(environment.Settings.of({}), cache_dir=tmp_path)
+    monkeypatch.setattr(environment, "settings", lambda: settings)
+    store.forget()
+    yield tmp_path
+    store.forget()
+
+
+@pytest.fixture
+def stub(request):
+    register(getattr(request, "param", StubBackend)())
+    yield
+    unregister("stub")
+
+
+def quiet(*arguments, **options):
+    return autotune(*arguments, progress=False, refine=options.pop("refine", False), **options)
+
+
+def test_candidates_are_isolated_checked_timed_and_remembered(stub, cache):
+    report = quiet(PROBLEM, backends=["stub"], budget_s=120)
+    failures = {e.tactic.fault: e.failure for e in report.entries if e.seconds is None}
+    assert failures["wrong"].startswith("wrong result") and failures["nan"].startswith("wrong result: inf")
+    assert failures["random"] == "two runs on the same inputs differ"
+    assert "unspecified launch failure" in failures["raise"]
+    assert failures["oom"] == "out of device memory"
+    assert failures["crash"] == "killed by SIGABRT"
+    times = {e.tactic: e for e in report.entries if e.seconds is not None}
+    assert set(times) == {StubTactic(delay_ms=5), StubTactic(delay_ms=1)}
+    assert 1e-3 < times[StubTactic(delay_ms=1)].seconds < times[StubTactic(delay_ms=5)].seconds
+    notes = times[StubTactic(delay_ms=1)].notes
+    assert notes["timer"] == "host" and notes["kernel"] and notes["date"].startswith("20") and notes["samples"] >= 5
+
+    # Decisions of this process use it at once; the default would have been the slow one.
+    decision = choose(PROBLEM, CPU, store.measured_for(CPU), "stub")
+    assert (decision.tactic, decision.source) == (StubTactic(delay_ms=1), "measured")
+    # Others find it in the store.
+    store.forget()
+    assert choose(PROBLEM, CPU, store.measured_for(CPU), "stub").source == "measured"
+    assert os.listdir(cache) and str(report).startswith("tuned 1 problems")
+
+    # A second run has nothing to do; asked to, it measures again.
+    began = time.monotonic()
+    again = quiet(PROBLEM, backends=["stub"])
+    assert (len(again.done), len(again.resumed)) == (0, 1) and time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("stub", [HangingBackend], indirect=True)
+def test_a_hanging_candidate_costs_only_itself(stub, monkeypatch):
+    monkeypatch.setattr(tune, "CHECK_SECONDS", 3.0)
+    began = time.monotonic()
+    report = quiet(PROBLEM, backends=["stub"], budget_s=120)
+    assert time.monotonic() - began < 90
+    failed = [e for e in report.entries if e.seconds is None]
+    assert [(e.tactic.fault, e.failure) for e in failed] == [("hang", "no answer within 3 s")]
+    assert {e.tactic for e in report.entries if e.seconds} == {StubTactic(delay_ms=5), StubTactic(delay_ms=1)}
+
+
+@pytest.mark.parametrize("stub", [HangingBackend], indirect=True)
+def test_the_budget_is_kept_and_what_was_not_reached_is_no_failure(stub):
+    began = time.monotonic()
+    report = quiet(PROBLEM, ms=[1, 2], backends=["stub"], budget_s=8)
+    assert time.monotonic() - began < 8 + tune.GRACE_SECONDS + 3
+    assert len(report.left) == 2 and not report.entries
+    assert "2 not reached (run again to go on)" in str(report)
+
+
+def test_operands_name_the_problem_and_torch_alone_suffices():
+    a, b = quantize_nvfp4(torch.ones(2, 32)), quantize_nvfp4(torch.ones(8, 32))
+    report = quiet(a, b, torch.ones(2, 2), ms=[2])
+    assert [p.problem.m for p in report.done] == [2]
+    decision = dispatch.explain(a, b, torch.ones(2, 2))
+    assert (decision.tactic, decision.source) == (TorchTactic(), "measured")
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ArgumentError, match="m is 0"):
+        quiet(PROBLEM, ms=[0])
+    with pytest.raises(ArgumentError, match="alpha form is 'sometimes'"):
+        quiet(PROBLEM, alphas=["sometimes"])
+    with pytest.raises(ArgumentError, match="backend is 'x'; known: "):
+        quiet(PROBLEM, backends=["x"])
+
+
+def test_inputs_that_cannot_be_made_are_reported():
+    point = Point(replace(PROBLEM, k=10**13, experts=1), "dense")
+    tuner = tune._Tuner("cpu", CPU, 60, ["torch"], 4, False)
+    report = tuner.run([point], refine=False, progress=False)
+    assert [p for p, _ in report.impossible] == [point] and not report.done
+    assert "no inputs: " in str(report)
+
+
+SCRIPT = """
+import os, sys
+import backends
+from tests.stub_backends import HangingBackend
+from tests.test_tune import PROBLEM
+from dispatch.tune import autotune
+backends.register(HangingBackend())
+print("start", flush=True)
+autotune(PROBLEM, ms=[1], backends=["stub"], budget_s=100)
+"""
+
+
+def test_ctrl_c_ends_the_worker_too(tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "FC2_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert parent.stdout.readline() == "start\n"
+    children = []
+    while not children:
+        time.sleep(0.2)
+        children = _children(parent.pid)
+    time.sleep(1.0)
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(timeout=30) not in (0, None)
+    time.sleep(0.2)
+    assert not [child for child in children if os.path.exists(f"/proc/{child}/status") and not _zombie(child)]
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def _zombie(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+# The plan
+
+
+def problem(m: int) -> Fc2Problem:
+    return Fc2Problem(m, 7168, 65536, 256, capability=(10, 0))
+
+
+@pytest.fixture
+def b200(monkeypatch):
+    from backends import Support
+    from backends.cute.backend import CuteBackend
+
+    monkeypatch.setattr(CuteBackend, "is_supported", lambda self, device: Support(True))
+    return GPUS["B200"].device
+
+
+def test_the_plan_starts_with_rule_and_default_and_is_pruned_by_the_model(b200):
+    found = store.shipped_for(b200)
+    known = Measured(found, None, store.model_for(b200, found))
+    tactics = plan(Point(problem(256), "topk:8"), b200, known, ["cute"], 12)
+    assert tactics[0] == CuteTactic(256, 128, 256, 2, 1)
+    assert len(tactics) == 12 == len(set(tactics))
+    estimates = [known.evidence(problem(256)).estimate(t) for t in tactics]
+    times = [e.seconds for e in estimates[2:] if e]
+    assert times == sorted(times) and max(times) <= tune.PRUNE * min(times)
+    assert sum(e is None for e in estimates) >= 3, "tiles that nothing is known about get their chance"
+
+
+def test_the_plan_without_a_model_samples_the_list_and_keeps_winners(b200):
+    winner = CuteTactic(256, 256, 128, 2, 2, split_k=4)
+    tactics = plan(Point(problem(64), "topk:8"), b200, Measured(), ["cute"], 10, [winner])
+    assert len(tactics) == 10 and winner in tactics and CuteTactic(128, 128, 256, 1, 2, split_k=2) in tactics
+    assert len({(t.tile_m, t.tile_n) for t in tactics}) >= 4
+
+
+def test_the_plan_never_holds_what_misses_the_accuracy_bar():
+    assert plan(Point(PROBLEM, "topk:1"), CPU, Measured(), ["torch"], 10) == [TorchTactic()]
+
+
+def test_coarse_to_fine_covers_evenly_wherever_it_stops():
+    points = [Point(problem(m), "dense") for m in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    assert [p.problem.m for p in coarse_to_fine(points)] == [1, 256, 16, 4, 64, 2, 8, 32, 128]
+
+
+def test_buckets_are_refined_where_the_wrong_winner_costs():
+    x, y = StubTactic(delay_ms=1), StubTactic(delay_ms=2)
+    agree = {1: {x: 1.0, y: 2.0}, 64: {x: 3.0, y: 4.0}}
+    assert next_m(agree) is None
+    cheap = {1: {x: 1.0, y: 1.04}, 64: {x: 3.1, y: 3.0}}
+    assert next_m(cheap) is None
+    costly = {1: {x: 1.0, y: 2.0}, 64: {x: 4.0, y: 3.0}, 128: {x: 4.0, y: 3.0}}
+    assert next_m(costly) == 8
+    assert next_m({**costly, 8: {}}) is None, "a token count where nothing ran is not tried again"
+    assert next_m({10: costly[1], 12: costly[64]}) is None, "close enough"
+    unknown = {16: {x: 1.0}, 64: {y: 3.0}}
+    assert next_m(unknown) == 32
+
+
+def test_the_model_prunes(monkeypatch):
+    model = Model(132, 4e12, 8e14, {"torch/experts": Family(1e-5, 0.5, {"gemm": 0.5})})
+    assert plan(Point(PROBLEM, "dense"), CPU, Measured(None, None, model), ["torch"], 10) == [TorchTactic()]
+
+
+def test_tuning_refuses_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(dispatch.UnavailableError, match="during a CUDA graph capture"):
+        autotune(PROBLEM)
