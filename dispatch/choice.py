@@ -472,7 +472,11 @@ def _origin(estimate: Estimate) -> str:
     entry = estimate.entry
     if entry is None or estimate.source != "measured":
         return estimate.source
-    return "measured by tuning" if entry.source == "tuned" else f"published ({entry.source})"
+    return _MEASURED_BY.get(entry.source, f"published ({entry.source})")
+
+
+# Sources of entries that are not publications; the shoot-out's come in by `python -m bench import`.
+_MEASURED_BY = {"tuned": "measured by tuning", "shoot-out": "measured by the shoot-out"}
 
 
 def _us(seconds: float) -> str:

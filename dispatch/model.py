@@ -10,7 +10,7 @@ tile. A tile without a measured row has no constant and gets no prediction: the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence
 
 from backends.problem import Fc2Problem
@@ -149,6 +149,36 @@ def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: st
     return Work("cute", tile, problem.bytes + _workspace(problem, split), flops, wave_factor)
 
 
+def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
+    """Experts that nobody selected are skipped. Every set of tactic fields but the split has an efficiency of its own.
+
+    "tiled" reads the weights again for each tile of tokens, and multiplies whole tiles by each expert that the tile
+    needs. The forms for prepared weights read each needed expert once; those for routed alpha multiply only the rows
+    that selected it, in groups of 8.
+    """
+    shape = ",".join(f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic) if f.name not in ("form", "split"))
+    split = max(1, getattr(tactic, "split", 1))
+    share = active_share(problem, alpha)
+    rest = problem.bytes - problem.weight_bytes + _workspace(problem, split)
+    if tactic.form == "tiled":
+        tiles = -(-problem.m // tactic.block_m)
+        share = active_share(replace(problem, m=min(problem.m, tactic.block_m)), alpha)
+        rows = tiles * tactic.block_m * problem.experts * share
+        programs = tiles * -(-problem.n // tactic.block_n) * split
+        wave_factor = max(1.0, sm_count / programs)
+        return Work("triton/tiled", shape, problem.weight_bytes * share * tiles + rest, _pair_flops(problem, rows), wave_factor)
+    dense = alpha in (ALPHA_DENSE, ALPHA_ANY)
+    active = problem.experts * share
+    rows = problem.m * active if dense else active * _round_up(-(-problem.m * top_k_of(alpha, problem.experts) // active), 8)
+    kind = "dense" if dense else "routed"
+    return Work(f"triton/{tactic.form} {kind}", shape, problem.weight_bytes * share + rest, _pair_flops(problem, rows), 1.0)
+
+
+def _pair_flops(problem: Fc2Problem, rows: float) -> float:
+    """FLOPs of that many (token, expert) pairs."""
+    return 2.0 * rows * problem.n * problem.intermediate
+
+
 def _describe_torch(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
     """Decodes all of B to bfloat16 on every call unless the decoded weights are kept."""
     values = problem.n * problem.k
@@ -161,13 +191,14 @@ def _workspace(problem: Fc2Problem, parts: int) -> int:
     return 0 if parts == 1 else 2 * 4 * parts * problem.m * problem.n
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _round_up(value: float, multiple: int) -> int:
+    return int(-(-value // multiple)) * multiple
 
 
 _DESCRIBERS: dict[str, Callable[[Fc2Problem, Tactic, int, str], Work]] = {
     "cute": _describe_cute,
     "torch": _describe_torch,
+    "triton": _describe_triton,
 }
 
 

@@ -228,3 +228,49 @@ def test_tuning_refuses_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(dispatch.UnavailableError, match="during a CUDA graph capture"):
         autotune(PROBLEM)
+
+
+# On a GPU
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@cuda
+def test_tuning_on_a_gpu_is_graph_timed_cold_and_repeatable():
+    problem = Fc2Problem(16, 1024, 64 * 256, 64)
+    info = DeviceInfo.of("cuda")
+    report = quiet(problem, ms=[1, 16], alphas=["topk:8", "dense"], budget_s=240, candidates=4)
+    assert len(report.done) == 4 and not report.left, str(report)
+    assert not [e for e in report.entries if e.seconds is None], str(report)
+    for e in report.entries:
+        assert (e.notes["timer"], e.notes["l2"]) == ("graph", "cold") and 1e-6 < e.seconds < 1e-1
+    decided = replace(problem, device_type="cuda", capability=info.capability)
+    decision = choose(decided, info, store.measured_for(info))
+    assert decision.source == "measured"
+    best = min(e.seconds for e in report.entries if e.alpha == "topk:8" and e.problem.m == 16)
+    assert decision.seconds <= best * (1 + 0.021)
+
+
+@cuda
+def test_a_decision_inside_a_capture_is_safe_and_tuning_there_is_refused():
+    a, b = (quantize_nvfp4(torch.randn(rows, 512, device="cuda")) for rows in (4, 128))
+    alpha = torch.rand(4, 2, device="cuda")
+    expected = dispatch.fc2(a, b, alpha)
+    store.forget()  # tables are read again, which is host work only
+    tune.forget_plans()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dispatch.fc2(a, b, alpha)
+        with pytest.raises(dispatch.UnavailableError, match="during a CUDA graph capture"):
+            autotune(a, b, alpha)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@cuda
+def test_inputs_too_large_for_the_gpu_are_reported():
+    rows = torch.cuda.get_device_properties(0).total_memory // 4096
+    report = quiet(Fc2Problem(1, rows * 16, 65536, 256), backends=["torch"], budget_s=60)
+    assert report.impossible and "out of device memory" in report.impossible[0][1]
