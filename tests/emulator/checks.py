@@ -510,15 +510,12 @@ class Checker:
         for clocks in shadow.reads.values():
             clocks[at] = 0
         self.tmem_ready[rank][at] = False
+        tmem.claim = (self.st_base + w.slot, w.st_clock)
 
-    def meet(self, w) -> np.ndarray:
-        """What a warp tells the peer CTA's when both allocate TMEM together."""
-        clock = w.clock.copy()
-        self._tick(w)
-        return clock
-
-    def met(self, w, clock: np.ndarray) -> None:
-        join(w.clock, clock)
+    def met(self, w, peer: tuple[int, int]) -> None:
+        """A paired tcgen05.alloc has passed: the peer's columns are allocated. It orders nothing else."""
+        agent, clock = peer
+        w.clock[agent] = max(w.clock[agent], clock)
 
     def tmem_freed(self, w, tmem, start: int, columns: int) -> None:
         rank, at = tmem.cta.rank, (slice(None), slice(start, start + columns))

@@ -45,7 +45,7 @@ def _peer_has_allocated(w) -> bool:
         return False
     w.arrived = None
     if w.check:
-        w.check.met(w, theirs.clock)
+        w.check.met(w, theirs.claim)
     return True
 
 
@@ -68,8 +68,6 @@ def tmem_alloc(w, address, columns, group, mask):
         if group == 2:
             tmem_.requests += 1
             w.arrived = (tmem_, tmem_.requests)
-            if w.check:
-                tmem_.clock = w.check.meet(w)
             w.machine.wake(pair_of(w, 2)[1 - (cta.rank & 1)].tmem.waiters)
     return group == 1 or _peer_has_allocated(w)
 

@@ -26,7 +26,7 @@ class TensorMemory:
         self.permit = True
         self.waiters: list = []
         self.requests = 0  # tcgen05.alloc.cta_group::2 this CTA has begun
-        self.clock = None
+        self.claim = None  # epoch of the latest allocation, see checks
 
     def allocate(self, columns: int) -> int | None:
         """First fit of a power of two >= 32 columns, aligned to its size; None when there is no room now."""
