@@ -167,7 +167,9 @@ class TuneReport:
                 head += "no tactic ran"
             lines.append(head)
             lines += [f"    failed: {e.tactic}: {e.failure}" for e in own if e.seconds is None]
-        lines.append(f"saved to {self.path}" if not self.unsaved else f"not saved ({self.unsaved}); in use in this process")
+        if self.entries:
+            saved = f"not saved ({self.unsaved}); in use in this process" if self.unsaved else f"saved to {self.path}"
+            lines.append(saved)
         return "\n".join(lines)
 
 
@@ -217,6 +219,9 @@ def autotune(
         problems = [what] if isinstance(what, Fc2Problem) else list(what)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     info = DeviceInfo.of(device)
     problems = [replace(p, device_type=info.type, capability=info.capability) for p in problems]
     if ms is not None:
