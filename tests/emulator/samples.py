@@ -9,6 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from .api import emulate_ptx
+from .numerics import decode_table
+from .report import LaunchReport
+from .tma import encode_driver_descriptor
+
 HEADER = ".version 8.8\n.target sm_100a\n.address_size 64\n.extern .shared .align 1024 .b8 smem[];\n"
 
 TILE_N, STAGES = 64, 3
@@ -296,3 +304,62 @@ def apply(ptx: str, *edits: Edit) -> str:
             raise ValueError(f"edit of @{edit.tag} changes nothing")
         ptx = "\n".join(lines)
     return ptx
+
+
+def aligned(count: int, alignment: int = 256) -> torch.Tensor:
+    """uint8 memory whose address is a multiple of `alignment`."""
+    memory = torch.empty(count + alignment, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % alignment:][:count]
+
+
+U16, F32, FP4 = 1, 7, 13  # CUtensorMapDataType
+SWIZZLE_NONE, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128 = range(4)  # CUtensorMapSwizzle
+
+
+def tensor_map(dtype: int, tensor: torch.Tensor, dims: list[int], strides: list[int], box: list[int],
+               swizzle: int = SWIZZLE_NONE) -> bytes:
+    """A 128-byte tensor map over `tensor`'s memory; dims and box innermost first, strides in bytes from dim 1 on."""
+    return encode_driver_descriptor(dtype, tensor.data_ptr(), dims, strides, box, [1] * len(dims), swizzle, 0).ljust(128, b"\0")
+
+
+class GemmProblem:
+    """Random operands of `gemm_2cta` and the float64 result."""
+
+    def __init__(self, clusters: int = 1, groups: int = 4, tiles: int = 2, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.clusters, self.groups, self.tiles = clusters, groups, tiles
+        m, n, k = 256, TILE_N * clusters, 256 * groups * tiles
+        blocks = k // 64
+        self.a, self.b = aligned(m * k // 2), aligned(n * k // 2)
+        self.sfa, self.sfb = aligned(2 * blocks * 512), aligned(clusters * blocks * 512)
+        self.out = aligned(m * n * 4).view(torch.float32).view(m, n)
+        for codes in (self.a, self.b):
+            codes.copy_(torch.from_numpy(rng.integers(0, 256, codes.numel()).astype(np.uint8)))
+        scales_a = rng.integers(0x20, 0x48, (m, k // 16)).astype(np.uint8)
+        scales_b = rng.integers(0x20, 0x48, (128 * clusters, k // 16)).astype(np.uint8)
+        for memory, scales in ((self.sfa, scales_a), (self.sfb, scales_b)):
+            tiled = scales.reshape(-1, 4, 32, blocks, 4).transpose(0, 3, 2, 1, 4)  # 128x4 scale layout
+            memory.copy_(torch.from_numpy(np.ascontiguousarray(tiled).reshape(-1)))
+
+        def values(codes: torch.Tensor, scales: np.ndarray, rows: int) -> np.ndarray:
+            data = codes.numpy().reshape(rows, -1)
+            table = decode_table("e2m1").astype(np.float64)
+            flat = np.stack([table[data & 15], table[data >> 4]], -1).reshape(rows, k)
+            return flat * np.repeat(decode_table("e4m3").astype(np.float64)[scales], 16, 1)
+
+        used = scales_b.reshape(clusters, 128, -1)[:, :TILE_N].reshape(n, -1)
+        self.expected = values(self.a, scales_a, m) @ values(self.b, used, n).T
+        self.maps = [
+            tensor_map(FP4, self.a, [k, m], [k // 2], [256, 128], SWIZZLE_128),
+            tensor_map(FP4, self.b, [k, n], [k // 2], [256, 32], SWIZZLE_128),
+            tensor_map(U16, self.sfa, [256, blocks, 2], [512, blocks * 512], [256, 4, 1]),
+            tensor_map(U16, self.sfb, [256, blocks, clusters], [512, blocks * 512], [256, 4, 1]),
+            tensor_map(F32, self.out, [n, m], [n * 4], [TILE_N, 128]),
+        ]
+
+    def run(self, ptx: str, **options: object) -> LaunchReport:
+        """Poison the output and run the kernel."""
+        self.out.fill_(float("nan"))
+        return emulate_ptx(ptx, "gemm", [*self.maps, self.groups, self.tiles], grid=(2 * self.clusters, 1, 1),
+                           block=(192, 1, 1), cluster=(2, 1, 1), smem=SMEM_BYTES,
+                           buffers={"a": self.a, "b": self.b, "sfa": self.sfa, "sfb": self.sfb, "out": self.out}, **options)
