@@ -13,7 +13,7 @@ class Progress:
             total=100.0,
             leave=False,
             disable=None,
-            bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more  {desc}",
+            bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}, about {remaining} more: {desc}",
         )
         return self
 

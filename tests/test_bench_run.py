@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from backends import quantize_nvfp4
+from backends import quantize_nvfp4, unregister
 from backends.torch_baseline import TorchTactic
 from bench import options as command_line
 from bench import shootout
@@ -363,3 +363,46 @@ def test_json_is_plain(tmp_path):
     record = json.loads(path.read_text())
     assert record["schema"] == 1 and record["rows"][0]["tactic"]["backend"] == "torch"
     assert record["rows"][0]["problem"]["m"] == 1 and record["rows"][0]["ok"] is True
+
+
+def test_a_peer_takes_part_when_its_module_registers_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "someones_kernel.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import dispatch\n"
+        "from backends.torch_baseline import TorchBackend, TorchTactic\n"
+        "@dataclass(frozen=True)\n"
+        "class PeerTactic(TorchTactic):\n"
+        "    backend = 'peer'\n"
+        "class Peer(TorchBackend):\n"
+        "    name, tactic_type = 'peer', PeerTactic\n"
+        "    def default_tactic(self, problem):\n"
+        "        return PeerTactic()\n"
+        "dispatch.register(Peer())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(tmp_path / "r.json")
+    try:
+        assert (
+            main(
+                [
+                    *SMALL,
+                    "--peer",
+                    "someones_kernel",
+                    "--m",
+                    "1",
+                    "--iterations",
+                    "2",
+                    "--json",
+                    path,
+                    "--backends",
+                    "peer",
+                ]
+            )
+            == 0
+        )
+    finally:
+        unregister("peer")
+    assert [(r.label, r.ok) for r in read_results(path).rows] == [("peer", True)]
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--peer", "no_such_module"])
+    assert "--peer no_such_module" in capsys.readouterr().err
