@@ -18,7 +18,7 @@ from backends.cute.budget import STREAM_K, CuteTactic
 from tests import cute_emulation as emulation
 from tests.reference import ALPHA_KINDS
 
-TACTICS = budget.all_kernels()
+TACTICS = [kernel for kernel in budget.all_kernels() if not kernel.skip]
 TOKENS = (1, 8, 127, 128, 129, 160, 200, 255, 256, 257, 384)
 # 8 * 125 and 8 * 65: rows of a multiple of 16 bytes that end inside a tile, and inside a swizzle row.
 HIDDEN = (64, 192, 256, 520, 1000)
@@ -30,11 +30,6 @@ OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 def name(tactic: CuteTactic) -> str:
     return f"{tactic.tile_m}x{tactic.tile_n}x{tactic.tile_k}@{tactic.cluster_m}x{tactic.cluster_n}s{tactic.split_k}"
-
-
-def test_thirty_eight_tactics() -> None:
-    # Five tiles, of which the two pair tiles take the two clusters with an even M; two K tiles.
-    assert len(TACTICS) == 2 * (3 * 5 + 2 * 2)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +54,35 @@ def test_kernel(tactic, m, n, intermediate, experts, alpha_kind, out_dtype) -> N
     emulation.run(
         tactic, m, n, intermediate, experts, alpha_kind=alpha_kind, out_dtype=out_dtype, schedule="lazy", sms=16
     )
+
+
+@pytest.mark.parametrize(
+    ("tactic", "m", "experts", "alpha_kind"),
+    [
+        (CuteTactic(128, 128, 256, 1, 1, STREAM_K), 8, 40, "top_k"),
+        (CuteTactic(256, 128, 128, 2, 1, 2), 160, 8, "one_hot"),
+        (CuteTactic(128, 64, 256, 2, 2, STREAM_K), 1, 8, "zero"),
+    ],
+    ids=str,
+)
+def test_skip(tactic, m, experts, alpha_kind) -> None:
+    check_skip(replace(tactic, skip=True), m, experts, alpha_kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tactic", [k for k in budget.all_kernels() if k.skip], ids=name)
+def test_skip_grid(tactic) -> None:
+    for i, m in enumerate((1, 8, 127, 128 * tactic.cluster_m), start=budget.all_kernels().index(tactic)):
+        split_k = (1, STREAM_K, 3)[i % 3]
+        check_skip(replace(tactic, split_k=split_k), m, (8, 17, 33)[i % 3], ALPHA_KINDS[i % len(ALPHA_KINDS)])
+
+
+def check_skip(tactic: CuteTactic, m: int, experts: int, alpha_kind: str) -> None:
+    """The kernel computes the reference, and loads of B only the experts that some row selects."""
+    _, report = emulation.run(tactic, m, 512, 256, experts, alpha_kind=alpha_kind, schedule="random", sms=12)
+    alpha = emulation.make_alpha(alpha_kind, m, experts, torch.Generator().manual_seed(1))
+    selected = max(1, int((alpha != 0).any(dim=0).sum()))
+    assert report.counter("TMA bytes from b") == 512 * selected * 256 // 2
 
 
 @pytest.mark.full

@@ -55,8 +55,8 @@ def main() -> None:
 def default_kernels() -> list[CuteTactic]:
     """The kernels `default_tactic` chooses from, for either K tile."""
     return [
-        CuteTactic(tile_m, tile_n, tile_k, cluster_m, cluster_n)
-        for tile_m, tile_n, cluster_m, cluster_n in ((128, 128, 1, 2), (256, 128, 2, 1))
+        CuteTactic(tile_m, 128, tile_k, cluster_m, cluster_n, skip=skip)
+        for tile_m, cluster_m, cluster_n, skip in ((128, 1, 1, True), (128, 1, 2, False), (256, 2, 1, False))
         for tile_k in budget.TILE_KS
     ]
 

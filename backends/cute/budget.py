@@ -39,6 +39,8 @@ TILE_KS = (128, 256)
 CLUSTERS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
 
 
+#: Experts that fit the list of those to compute, in shared memory.
+MAX_SKIP_EXPERTS = 512
 #: The split_k that divides all work evenly.
 STREAM_K = 0
 #: SM 10.x parts the kernel is compiled for, by compute capability.
@@ -56,6 +58,7 @@ class CuteTactic(Tactic):
         cluster_m, cluster_n: CTAs of a cluster along M and N; those along one dimension share the other operand.
         split_k: parts into which the experts of an output tile are divided; `STREAM_K` (0) divides the experts of all
             tiles evenly over the SMs instead, in which case the order of additions depends on the number of SMs.
+        skip: list the experts that some row of alpha selects, and neither load nor multiply the others; for few tokens.
         pdl: programmatic dependent launch: start before the previous kernel of the stream has ended, and wait for
             its results on the device.
     """
@@ -68,6 +71,7 @@ class CuteTactic(Tactic):
     cluster_m: int = 1
     cluster_n: int = 1
     split_k: int = 1
+    skip: bool = False
     pdl: bool = False
 
 
@@ -104,7 +108,7 @@ class Budget:
         sfa_column = acc_stages * tactic.tile_n
         return Budget(
             stage_bytes=stage,
-            ab_stages=(SMEM_BYTES - SMEM_RESERVED_BYTES - STORE_BYTES) // stage,
+            ab_stages=(SMEM_BYTES - SMEM_RESERVED_BYTES - STORE_BYTES - 4 * MAX_SKIP_EXPERTS * tactic.skip) // stage,
             acc_stages=acc_stages,
             sfa_column=sfa_column,
             sfb_column=sfa_column + sfa,
@@ -194,7 +198,14 @@ def check_problem(problem: Fc2Problem, tactic: CuteTactic) -> Support:
         return Support(
             False, f"split_k {tactic.split_k} exceeds the {problem.experts} experts, which are never divided"
         )
-    if tactic.split_k == STREAM_K and cluster_tiles(problem, tactic) * problem.experts >= 1 << 22:
+    if tactic.skip and problem.m > CTA_ROWS * tactic.cluster_m:
+        return Support(
+            False, f"skip makes one list of experts for all rows and takes m up to {CTA_ROWS * tactic.cluster_m} with "
+            f"cluster_m {tactic.cluster_m}; m is {problem.m}"
+        )
+    if tactic.skip and problem.experts > MAX_SKIP_EXPERTS:
+        return Support(False, f"skip lists up to {MAX_SKIP_EXPERTS} experts; this problem has {problem.experts}")
+    if tactic.split_k == STREAM_K and not _streams(problem, tactic):
         return Support(
             False, f"stream-K counts in 32 bits and takes up to 2^22 pairs of output tile and expert; this problem has "
             f"{cluster_tiles(problem, tactic) * problem.experts}; use split_k 1"
@@ -203,31 +214,38 @@ def check_problem(problem: Fc2Problem, tactic: CuteTactic) -> Support:
 
 
 def all_kernels() -> list[CuteTactic]:
-    """One tactic per kernel: every tile, K tile and cluster; the division of the work is a run-time argument."""
-    shapes = itertools.product(TILES, TILE_KS, CLUSTERS)
-    return [t for tile, tile_k, cluster in shapes if check_tactic(t := CuteTactic(*tile, tile_k, *cluster))]
+    """One tactic per kernel, PDL aside: every tile, K tile and cluster, with and without `skip`; the division of the
+    work is a run-time argument."""
+    shapes = itertools.product((False, True), TILES, TILE_KS, CLUSTERS)
+    kernels = [CuteTactic(*tile, tile_k, *cluster, skip=skip) for skip, tile, tile_k, cluster in shapes]
+    return [kernel for kernel in kernels if check_tactic(kernel)]
 
 
 def tactics(problem: Fc2Problem) -> list[CuteTactic]:
-    """The tactics worth timing: every tile, K tile and cluster, with split_k 1, 2, 4 and stream-K."""
+    """The tactics worth timing: every kernel with split_k 1, 2, 4 and stream-K; with `skip`, 1 and stream-K."""
     return [
         tactic
         for kernel in all_kernels()
-        for split_k in (1, 2, 4, STREAM_K)
+        for split_k in ((1, STREAM_K) if kernel.skip else (1, 2, 4, STREAM_K))
         if check_problem(problem, tactic := replace(kernel, split_k=split_k))
     ]
 
 
 def default_tactic(problem: Fc2Problem) -> CuteTactic:
-    """The fastest published tactic of this design, by M.
+    """What to run where nothing was measured: a rule from arithmetic for a B200, not from a measurement of this kernel.
 
-    M <= 128: (128,128)@(1,2) split in two, 53.89 us at M = 128, N = 7168, K = 65536 on a B200 (TensorRT-LLM pull
-    request 13833); above, (256,128)@(2,1), 72.43 us at M = 256 (pull request 12686). Those are upstream's kernel's.
+    Stream-K gives the busiest of 148 SMs 97 experts of a 128-wide tile at N = 7168, E = 256, against 128 for two splits
+    and 256 for none. Up to 32 tokens, top-8 routing leaves at least a third of 256 experts unselected: skip them. Up to
+    128 tokens, pairs of CTAs along N share the tokens' loads; above, 2-CTA MMA shares the weights'.
     """
     tile_k = 256 if problem.intermediate % 256 == 0 else 128
-    if problem.m <= CTA_ROWS:
-        return CuteTactic(128, 128, tile_k, 1, 2, split_k=min(2, max(problem.experts, 1)))
-    return CuteTactic(256, 128, tile_k, 2, 1)
+    if problem.m <= 32 and problem.experts <= MAX_SKIP_EXPERTS:
+        tactic = CuteTactic(128, 128, tile_k, 1, 1, split_k=STREAM_K, skip=True)
+    elif problem.m <= CTA_ROWS:
+        tactic = CuteTactic(128, 128, tile_k, 1, 2, split_k=STREAM_K)
+    else:
+        tactic = CuteTactic(256, 128, tile_k, 2, 1, split_k=STREAM_K)
+    return tactic if _streams(problem, tactic) else replace(tactic, split_k=1)
 
 
 def cluster_tiles(problem: Fc2Problem, tactic: CuteTactic) -> int:
@@ -262,13 +280,20 @@ class Division:
         tiles = cluster_tiles(problem, tactic)
         units = tiles * problem.experts
         splits = min(clusters, units)
-        return Division(tiles, splits, (problem.experts - 1) // (units // splits) + 2)
+        # A tile is one of `tiles` equal shares of a group and its borders may cut a part each; with `skip` the device
+        # lowers the units, and with them at most the splits.
+        return Division(tiles, splits, -(-splits // tiles) + 1)
 
     def workspace_floats(self, problem: Fc2Problem, tactic: CuteTactic) -> int:
         """float32 elements of the partial sums: one CTA tile per output tile and slot."""
         if self.slots == 1:
             return 0
         return output_tiles(problem, tactic) * self.slots * CTA_ROWS * tactic.tile_n
+
+
+def _streams(problem: Fc2Problem, tactic: CuteTactic) -> bool:
+    """Whether stream-K's 32-bit products, units times clusters, cannot overflow."""
+    return cluster_tiles(problem, tactic) * problem.experts < 1 << 22
 
 
 def _shapes(shapes: tuple[tuple[int, int], ...]) -> str:

@@ -58,7 +58,7 @@ def kernel_key(tactic: CuteTactic, out_dtype: str, arch: str, machine: str = pla
 def describe(tactic: CuteTactic) -> str:
     """Short name of the kernel a tactic runs, such as "256x128x256@2x1"."""
     name = f"{tactic.tile_m}x{tactic.tile_n}x{tactic.tile_k}@{tactic.cluster_m}x{tactic.cluster_n}"
-    return name + ("-pdl" if tactic.pdl else "")
+    return name + ("-skip" if tactic.skip else "") + ("-pdl" if tactic.pdl else "")
 
 
 class KernelCache:

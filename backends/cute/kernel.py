@@ -14,7 +14,8 @@ Producer and consumer of the accumulator count the same thing, experts. alpha ne
 epilogue thread owns one row and holds the alpha of the current and of the next expert in registers.
 
 The experts of an output tile may be divided between clusters (split-K, stream-K: `Schedule`). Their fp32 sums are then
-added in ascending expert order by whichever CTA finishes last, so results do not depend on timing.
+added in ascending expert order by whichever CTA finishes last, so results do not depend on timing. With `skip`, experts
+that no row selects take part in none of this.
 """
 from __future__ import annotations
 
@@ -200,12 +201,13 @@ class Fc2Kernel:
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         # The grid's x and y are the cluster's. Taken from the block index, roles are uniform to the compiler; taken
-        # from the cluster rank, ptxas predicated every MMA of (256, n)@(2, 1) (SASS, CUDA 12.9).
+        # from the cluster rank, ptxas predicated every MMA of (256, n)@(2, 1) and spilled (SASS of DSL 4.8.1).
         x, y, _ = cute.arch.block_idx()
         coord = (x % self.pair_size, x // self.pair_size, y, 0)
         coord_sfb = (0, x, y, 0)
 
-        smem = SmemAllocator().allocate(self.storage)
+        allocator = SmemAllocator()
+        smem = allocator.allocate(self.storage)
         stage = (
             smem.a.get_tensor(smem_a.outer, swizzle=smem_a.inner),
             smem.b.get_tensor(smem_b.outer, swizzle=smem_b.inner),
@@ -237,6 +239,9 @@ class Fc2Kernel:
             cta_layout_vmnk=cluster_vmnk,
             defer_sync=True,
         )
+        if warp == TMA_WARP:
+            for tma in (tma_a, tma_b, tma_sfa, tma_sfb, tma_out):
+                cpasync.prefetch_descriptor(tma.atom)
         if warp == 0:
             cute.arch.alloc_tmem(self.budget.tmem_allocation, smem.tmem.ptr, is_two_cta=self.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=self.pair)
@@ -246,8 +251,13 @@ class Fc2Kernel:
         if cutlass.const_expr(self.tactic.pdl):
             cute.arch.griddepcontrol_wait()
 
+        active, count = None, experts
+        if cutlass.const_expr(self.tactic.skip):
+            active = allocator.allocate_tensor(cutlass.Int32, cute.make_layout(budget.MAX_SKIP_EXPERTS + 1), 4)
+            count = self._list_active(alpha, m, experts, active)
+            splits = cutlass.min(splits, group * count)
         work = Schedule(
-            m_tiles, n_tiles, experts, group, splits, coord[1], coord[2],
+            m_tiles, n_tiles, experts, count, active, group, splits, coord[1], coord[2],
             self.cluster[0] // self.pair_size, self.cluster[1],
         )
         if warp == TMA_WARP:
@@ -270,6 +280,38 @@ class Fc2Kernel:
         self._cluster_sync()
         if warp == 0:
             cute.arch.dealloc_tmem(tmem, self.budget.tmem_allocation, is_two_cta=self.pair)
+
+    @cute.jit
+    def _list_active(self, alpha: cute.Pointer, m, experts, active: cute.Tensor) -> cutlass.Int32:
+        """Write the experts that some row selects to `active`, ascending, and return how many.
+
+        Every CTA reads all of alpha and so finds the same list. Without any, expert 0 stands in: its alphas are zero.
+        """
+        thread, lane = cute.arch.thread_idx()[0], cute.arch.lane_idx()
+        for expert in cutlass.range(thread, experts, THREADS, unroll=1):
+            used = cutlass.Int32(0)
+            for row in cutlass.range(m, unroll=8):
+                if cute.arch.load(alpha + cutlass.Int64(row) * experts + expert, cutlass.Float32) != 0.0:
+                    used = cutlass.Int32(1)
+            active[expert] = used
+        cute.arch.sync_threads()
+        if cute.arch.warp_idx() == 0:
+            count = cutlass.Int32(0)
+            for base in cutlass.range(0, experts, 32, unroll=1):
+                used = cutlass.Int32(0)
+                if base + lane < experts:
+                    used = active[base + lane]
+                ballot = cute.arch.vote_ballot_sync(used != 0)
+                # Entries move down or stay, and this warp has read all that it overwrites.
+                if used != 0:
+                    active[count + cute.arch.popc(ballot & ((1 << lane) - 1))] = base + lane
+                count += cute.arch.popc(ballot)
+            if lane == 0:
+                if count == 0:
+                    active[0] = 0
+                active[budget.MAX_SKIP_EXPERTS] = cutlass.max(count, 1)
+        cute.arch.sync_threads()
+        return active[budget.MAX_SKIP_EXPERTS]
 
     def _cluster_sync(self) -> None:
         if cutlass.const_expr(self.cluster == (1, 1, 1)):
@@ -301,17 +343,19 @@ class Fc2Kernel:
                 tile_row, tile_column, first, last = work.at(tile, part)
                 # The 128-row scale tile of B covers two N tiles of 64.
                 scale_column = tile_column * tile_n // self.sfb_tile[1]
-                for k_tile in cutlass.range(first * tiles_per_expert, last * tiles_per_expert, unroll=1):
-                    ab.producer_acquire(state)
-                    barrier = ab.producer_get_barrier(state)
-                    for (atom, source, target, mask), row in (
-                        (a, tile_row), (b, tile_column), (sfa, tile_row), (sfb, scale_column)
-                    ):
-                        cute.copy(
-                            atom, source[None, row, k_tile], target[None, state.index],
-                            tma_bar_ptr=barrier, mcast_mask=mask,
-                        )
-                    state.advance()
+                for i in cutlass.range(first, last, unroll=1):
+                    first_k = work.expert(i) * tiles_per_expert
+                    for k_tile in cutlass.range(first_k, first_k + tiles_per_expert, unroll=1):
+                        ab.producer_acquire(state)
+                        barrier = ab.producer_get_barrier(state)
+                        for (atom, source, target, mask), row in (
+                            (a, tile_row), (b, tile_column), (sfa, tile_row), (sfb, scale_column)
+                        ):
+                            cute.copy(
+                                atom, source[None, row, k_tile], target[None, state.index],
+                                tma_bar_ptr=barrier, mcast_mask=mask,
+                            )
+                        state.advance()
         ab.producer_tail(state)
 
     def _load(self, tma, partition, tile, target, cluster, coord, mode: int):
@@ -410,12 +454,12 @@ class Fc2Kernel:
                 weights = alpha + cutlass.Int64(row) * work.experts
                 ahead = cutlass.Float32(0.0)
                 if has_row:
-                    ahead = cute.arch.load(weights + first, cutlass.Float32)
+                    ahead = cute.arch.load(weights + work.expert(first), cutlass.Float32)
                 total.clear()
-                for expert in cutlass.range(first, last, unroll=1):
+                for i in cutlass.range(first, last, unroll=1):
                     weight = ahead
-                    if has_row and expert + 1 < last:
-                        ahead = cute.arch.load(weights + expert + 1, cutlass.Float32)
+                    if has_row and i + 1 < last:
+                        ahead = cute.arch.load(weights + work.expert(i + 1), cutlass.Float32)
                     acc.consumer_wait(full)
                     cute.copy(read, source[None, None, None, 0, 0, full.index], partial[0])
                     total.prefetch(0)
@@ -447,6 +491,9 @@ class Fc2Kernel:
                             cute.autovec_copy(values, self._slice(slices, split, j, thread))
                     if self._is_last_arriver(counters + slot, splits, is_last, thread):
                         self._sum_splits(store, cta_row, tile_column, slices, splits, thread, has_row)
+        # Shared memory must outlive the stores that read it.
+        with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _row_copy(self, op, columns: cute.Tensor, thread):
         """(copy, the thread's part by sub-tile and stage) between its row of tensor memory and registers."""
@@ -609,7 +656,8 @@ class Schedule:
 
     Attributes:
         m_tiles, n_tiles: output in units of clusters.
-        experts, group, splits: as in `Fc2Kernel.__call__`.
+        experts, group, splits: as in `Fc2Kernel.__call__`; splits is at most the units of a group.
+        count: experts computed per tile; active: which, or None for all.
         row, column: this CTA's MMA tile within the cluster.
         rows, columns: MMA tiles of a cluster.
     """
@@ -617,6 +665,8 @@ class Schedule:
     m_tiles: cutlass.Int32
     n_tiles: cutlass.Int32
     experts: cutlass.Int32
+    count: cutlass.Int32
+    active: cute.Tensor | None
     group: cutlass.Int32
     splits: cutlass.Int32
     row: cutlass.Int32
@@ -632,27 +682,31 @@ class Schedule:
 
     def tiles(self, part) -> tuple[cutlass.Int32, cutlass.Int32]:
         """(first, end) of the tiles a part touches."""
-        return self._begin(part) // self.experts, cute.ceil_div(self._begin(part + 1), self.experts)
+        return self._begin(part) // self.count, cute.ceil_div(self._begin(part + 1), self.count)
 
     def at(self, tile, part):
-        """(MMA tile row, MMA tile column, first expert, end of experts) of this CTA in a part's tile."""
-        first = cutlass.max(self._begin(part) - tile * self.experts, 0)
-        last = cutlass.min(self._begin(part + 1) - tile * self.experts, self.experts)
+        """(MMA tile row, MMA tile column, first expert, end of experts) of this CTA; experts count the computed ones."""
+        first = cutlass.max(self._begin(part) - tile * self.count, 0)
+        last = cutlass.min(self._begin(part + 1) - tile * self.count, self.count)
         row = tile % self.m_tiles * self.rows + self.row
         column = tile // self.m_tiles * self.columns + self.column
         return row, column, first, last
 
+    def expert(self, i) -> cutlass.Int32:
+        """The i-th computed expert."""
+        return i if self.active is None else self.active[i]
+
     def split(self, tile, part) -> tuple[cutlass.Int32, cutlass.Int32]:
         """(which, of how many) parts the tile's experts are divided into."""
-        first, last = self._part(tile * self.experts), self._part((tile + 1) * self.experts - 1)
+        first, last = self._part(tile * self.count), self._part((tile + 1) * self.count - 1)
         return part - first, last - first + 1
 
     def _begin(self, part) -> cutlass.Int32:
         """The unit a part begins with."""
-        units = self.group * self.experts
+        units = self.group * self.count
         return part // self.splits * units + part % self.splits * units // self.splits
 
     def _part(self, unit) -> cutlass.Int32:
         """The last part that begins at the unit or before."""
-        units = self.group * self.experts
+        units = self.group * self.count
         return unit // units * self.splits + ((unit % units + 1) * self.splits - 1) // units
