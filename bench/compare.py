@@ -9,7 +9,7 @@ from typing import Sequence
 from tabulate import tabulate
 
 from bench.records import Results, Row, read_results
-from bench.statistics import change, geomean
+from bench.stats import change, geomean
 
 SAME, REGRESSION, UNUSABLE = 0, 1, 2
 
@@ -43,7 +43,7 @@ def compare(old: Results, new: Results, margin: float) -> Comparison:
     """Match rows by problem, alpha, cache state, form of the weights, tactic and timer.
 
     Args:
-        margin: relative change below which nothing counts; see `bench.statistics.change`.
+        margin: relative change below which nothing counts; see `bench.stats.change`.
     """
     before, after = ({row.key: row for row in results.rows} for results in (old, new))
     common = [key for key in before if key in after]

@@ -8,7 +8,7 @@ from typing import Any, Iterable, Mapping, Optional, TextIO
 
 from backends.problem import Fc2Problem
 from bench.clocks import Clocks
-from bench.statistics import Summary
+from bench.stats import Summary
 
 SCHEMA = 1
 #: Why a run ended that its user stopped.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Iterable, Sequence
 
 from bench.records import Row, fastest
-from bench.statistics import geomean
+from bench.stats import geomean
 
 
 @dataclass(frozen=True)

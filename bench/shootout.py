@@ -20,7 +20,7 @@ from bench.cupti import KernelTrace
 from bench.environment import ceilings, describe, roofline
 from bench.options import Options
 from bench.records import CTRL_C, Absent, Results, Row
-from bench.statistics import summarize
+from bench.stats import summarize
 from bench.timing import Runner, choose_method, make_runner
 from dispatch.check import Reference, errors, references
 from dispatch.hardware import Gpu, floor_seconds

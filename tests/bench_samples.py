@@ -6,7 +6,7 @@ from typing import Any
 from backends import Fc2Problem
 from bench.clocks import Clocks
 from bench.records import Absent, Results, Row
-from bench.statistics import Summary
+from bench.stats import Summary
 from dispatch.hardware import GPUS, expected_active_experts, floor_seconds
 
 ENVIRONMENT = {

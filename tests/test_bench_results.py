@@ -14,9 +14,17 @@ from bench.__main__ import main
 from bench.clocks import Clocks
 from bench.contestants import matches, short_name
 from bench.cupti import graph_launches
-from bench.records import Results, competitors, fastest, read_results, regrets, write_csv, write_json
+from bench.records import (
+    Results,
+    competitors,
+    fastest,
+    read_results,
+    regrets,
+    write_csv,
+    write_json,
+)
 from bench.series import curves, matrix, panels
-from bench.statistics import Summary, change, geomean, summarize
+from bench.stats import Summary, change, geomean, summarize
 from bench.tables import LEGEND, cells, render
 from dispatch.hardware import GPUS
 from tests.bench_samples import ENVIRONMENT, row, shoot_out

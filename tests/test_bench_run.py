@@ -19,7 +19,14 @@ from bench.options import integers, pair, parse, pin
 from bench.records import read_results
 from bench.timing import METHODS, UnavailableMethod, available_methods, choose_method
 from dispatch.check import errors, references
-from dispatch.inputs import AlphaForm, generator, global_factor, random_alpha, random_operand, token_sets
+from dispatch.inputs import (
+    AlphaForm,
+    generator,
+    global_factor,
+    random_alpha,
+    random_operand,
+    token_sets,
+)
 from tests.reference import half_ulp, reference
 
 CPU = torch.device("cpu")
