@@ -35,6 +35,7 @@ class CuteBackend(Fc2Backend):
 
     def __init__(self) -> None:
         self._launchers: dict[tuple, object] = {}
+        self._calls: dict[tuple, tuple] = {}
         self._compiling = threading.Lock()
         self._stream_counters: dict[tuple[int, int], torch.Tensor] = {}
         self._graph_counters: dict[int, tuple[torch.Tensor, int]] = {}
@@ -77,12 +78,12 @@ class CuteBackend(Fc2Backend):
         self, problem: Fc2Problem, tactic: CuteTactic, a: Nvfp4Tensor, b: Nvfp4Tensor, alpha: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        launcher = self._launchers.get(_kernel_id(problem, tactic))
-        if launcher is None:
-            self.compile(problem, tactic)
-            launcher = self._launchers[_kernel_id(problem, tactic)]
         device = out.device
-        division, tiles, floats, clusters = _plan(problem, tactic, device)
+        # One look-up: hashing the problem and the tactic costs about a microsecond.
+        call = self._calls.get((problem, tactic, device))
+        if call is None:
+            call = self._calls[problem, tactic, device] = self._prepare_call(problem, tactic, device)
+        launcher, sizes, tiles, floats = call
         stream = torch.cuda.current_stream(device).cuda_stream
         workspace = counters = 0
         if floats:
@@ -90,14 +91,24 @@ class CuteBackend(Fc2Backend):
             workspace, counters = partials.data_ptr(), self._counters(device, stream, tiles).data_ptr()
         arguments = (
             a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha.data_ptr(),
-            out.data_ptr(), workspace, counters, problem.m, problem.n, problem.k, problem.experts,
-            division.group, division.splits, division.slots, clusters, stream,
+            out.data_ptr(), workspace, counters, *sizes, stream,
         )
         if device.index == torch.cuda.current_device():
             launcher(*arguments)
         else:
             with torch.cuda.device(device):
                 launcher(*arguments)
+
+    def _prepare_call(self, problem: Fc2Problem, tactic: CuteTactic, device: torch.device) -> tuple:
+        """(launcher, integer arguments, output tiles, float32 elements of workspace)."""
+        self.compile(problem, tactic)
+        clusters = DeviceInfo.of(device).sm_count // (tactic.cluster_m * tactic.cluster_n)
+        division = budget.Division.of(problem, tactic, clusters)
+        sizes = (
+            problem.m, problem.n, problem.k, problem.experts, division.group, division.splits, division.slots, clusters
+        )
+        floats = division.workspace_floats(problem, tactic)
+        return self._launchers[_kernel_id(problem, tactic)], sizes, budget.output_tiles(problem, tactic), floats
 
     def _counters(self, device: torch.device, stream: int, tiles: int) -> torch.Tensor:
         """Zeroed int32 counters that no call running at the same time uses."""
@@ -138,15 +149,6 @@ def dsl_support() -> Support:
     return SUPPORTED
 
 
-@functools.lru_cache(maxsize=4096)
 def _kernel_id(problem: Fc2Problem, tactic: CuteTactic) -> tuple[CuteTactic, str, str]:
     """What a compiled kernel depends on: M, N, K, E and the division of the work are run-time arguments."""
     return replace(tactic, split_k=1), dtype_name(problem.out_dtype), budget.ARCHS[problem.capability]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(problem: Fc2Problem, tactic: CuteTactic, device: torch.device) -> tuple[budget.Division, int, int, int]:
-    """(division, output tiles, float32 elements of workspace, clusters that run at the same time)."""
-    clusters = DeviceInfo.of(device).sm_count // (tactic.cluster_m * tactic.cluster_n)
-    division = budget.Division.of(problem, tactic, clusters)
-    return division, budget.output_tiles(problem, tactic), division.workspace_floats(problem, tactic), clusters
