@@ -9,10 +9,11 @@ import torch
 
 from backends.device import DeviceInfo
 from backends.interface import SUPPORTED, Fc2Backend, Operand, Support
-from backends.operand import Nvfp4Tensor, scale_shape
+from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
 from backends.problem import Fc2Problem
+from backends.triton import layout
 from backends.triton import tactic as rules
-from backends.triton.tactic import TritonTactic
+from backends.triton.tactic import PREPARED, TritonTactic
 
 _SUM_BLOCK = 1024
 
@@ -61,7 +62,10 @@ class TritonBackend(Fc2Backend):
         """Compile by running the problem once on operands of zeros: Triton's cache key is made at a launch."""
         device = torch.device(problem.device_type)
         a = Nvfp4Tensor(*_zeros(problem.m, problem.k, problem.a_layout, device))
-        b = Nvfp4Tensor(*_zeros(problem.n, problem.k, problem.b_layout, device))
+        if problem.b_layout == PREPARED:
+            b = layout.zeros(problem.n, problem.k, device)
+        else:
+            b = Nvfp4Tensor(*_zeros(problem.n, problem.k, problem.b_layout, device))
         alpha = torch.zeros((problem.m, problem.experts), dtype=torch.float32, device=device)
         self.run(problem, tactic, a, b, alpha, torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device))
 
@@ -74,8 +78,26 @@ class TritonBackend(Fc2Backend):
         alpha: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        _run_tiled(problem, tactic, a, b, alpha, out)
+        if tactic.form == "tiled":
+            _run_tiled(problem, tactic, a, b, alpha, out)
+        else:
+            from backends.triton import prepared  # needs a Triton with Gluon, which the tiled form does not
+
+            prepared.run(problem, tactic, a, b, alpha, out)
         self._compiled.add(_kernel_key(problem, tactic))
+
+    def prepare(self, b: Nvfp4Tensor) -> Operand:
+        """B in the order of the fast kernels (`layout.py`); b itself where K is not a multiple of 256.
+
+        Raises:
+            ValueError: b has negative scale factors.
+        """
+        return b if b.shape[1] % rules.CHUNK else layout.prepare(b)
+
+    def unprepare(self, b: Operand) -> Nvfp4Tensor:
+        if isinstance(b, PreparedOperand) and b.layout == PREPARED:
+            return layout.unprepare(b)
+        return super().unprepare(b)
 
 
 def _run_tiled(

@@ -18,7 +18,10 @@ _LOAD4 = gl.constexpr(
     """{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
     @p ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4]; }"""
 )
-_LOAD4_SHARED = gl.constexpr(_LOAD4.value.replace("L1::no_allocate.L2::256B.", ""))
+_LOAD4_ALWAYS = gl.constexpr("ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];")
+_LOAD4_CACHED = gl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+)
 _LOAD1 = gl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }"
 )
@@ -33,10 +36,18 @@ def load4(pointer, wanted):
 
 
 @gluon.jit
-def load4_shared(pointer, wanted):
-    """As `load4`, through L1: for what several warps of a multiprocessor read."""
+def load4_always(pointer):
+    """As `load4`, unconditionally."""
     return gl.inline_asm_elementwise(
-        _LOAD4_SHARED, "=&r,=&r,=&r,=&r,l,r", [pointer.to(gl.int64), wanted], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
+        _LOAD4_ALWAYS, "=r,=r,=r,=r,l", [pointer.to(gl.int64)], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
+    )
+
+
+@gluon.jit
+def load4_cached(pointer, wanted):
+    """As `load4`, through L1, for what several warps of a multiprocessor read; anything where not wanted."""
+    return gl.inline_asm_elementwise(
+        _LOAD4_CACHED, "=r,=r,=r,=r,l,r", [pointer.to(gl.int64), wanted], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
     )
 
 

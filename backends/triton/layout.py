@@ -51,6 +51,14 @@ def prepare(b: Nvfp4Tensor) -> PreparedOperand:
     return PreparedOperand("triton", FORM, b.shape, data.view(torch.uint8), scale.view(torch.uint8), b.global_scale)
 
 
+def zeros(rows: int, k: int, device: torch.device) -> PreparedOperand:
+    """A prepared operand of zeros."""
+    blocks = round_up(rows, PADDING) // ROWS
+    data = torch.zeros((k // CHUNK, blocks, 4, 2, 32, 4), dtype=torch.int32, device=device)
+    scale = torch.zeros((k // CHUNK, blocks, 32, 4), dtype=torch.int32, device=device)
+    return PreparedOperand("triton", FORM, (rows, k), data.view(torch.uint8), scale.view(torch.uint8))
+
+
 def unprepare(p: PreparedOperand) -> Nvfp4Tensor:
     """The exact inverse of `prepare`, with scale factors in the "128x4" layout."""
     rows, k = p.shape

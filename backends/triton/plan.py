@@ -8,8 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def is_dense(counts, tokens, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr):
+def is_dense(counts, tokens, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, HAS_DENSE: tl.constexpr):
     """Whether the dense kernel takes this call: where the tensor cores, not the weights' bytes, set the pace anyway."""
+    if not HAS_DENSE:
+        return False
     e = tl.arange(0, EXPERTS_PADDED)
     pairs = tl.sum(tl.load(counts + e, mask=e < EXPERTS, other=0), 0)
     return pairs * 4 > tokens * EXPERTS
@@ -36,13 +38,15 @@ def gather_tokens(
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
         counts: int32 [EXPERTS].
-        token_of, weight_of: int32 and float32 [EXPERTS, tokens]; the first counts[e] of row e are written.
+        token_of, weight_of: int32 and float32 [EXPERTS, tokens rounded up to 16]; row e holds counts[e] of them, then
+            tokens -1 up to a multiple of 16.
         alpha_t: float32 [EXPERTS, columns], alpha transposed, then zeros.
-        gathered: int32 [EXPERTS, tokens, INNER / 64 quarters, word 2, lane t 4, pair 4], float16 pairs 2^-8 of the values,
-            in the order of the right operand.
+        gathered: int32 [EXPERTS, eights of tokens, INNER / 64 quarters, word 2, token 8, lane t 4, pair 4], float16 pairs
+            2^-8 of the values, in the order of the right operand; padding tokens are not written.
     """
     e = tl.program_id(0)
-    row_of = e.to(tl.int64) * tokens
+    width = (tokens + 15) // 16 * 16
+    row_of = e.to(tl.int64) * width
     count = 0
     for first in range(0, columns, BLOCK):
         m = first + tl.arange(0, BLOCK)
@@ -54,6 +58,8 @@ def gather_tokens(
         tl.store(weight_of + where, weight, mask=used != 0)
         count += tl.sum(used, 0)
     tl.store(counts + e, count)
+    pad = count + tl.arange(0, 16)
+    tl.store(token_of + row_of + pad, pad * 0 - 1, mask=pad < (count + 15) // 16 * 16)
     tl.debug_barrier()
     k_words: tl.constexpr = EXPERTS * INNER // 8
     blocks: tl.constexpr = EXPERTS * INNER // 16
@@ -75,7 +81,8 @@ def gather_tokens(
             byte = tl.load(a_scale + where, mask=present, other=0).to(tl.uint16)
             unit = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True) * 16384.0
             unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
-            target = (row_of + slot[:, None]) * (INNER // 2) + chunk * 128 + (quarter * 32 + half * 16 + lane * 4)[None, :]
+            eight = (row_of + slot[:, None]) // 8 * (INNER // 256) + chunk
+            target = eight * 1024 + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
             even = tl.join(_decode_pair(code, unit, 0), _decode_pair(code, unit, 2))
             odd = tl.join(_decode_pair(code, unit, 1), _decode_pair(code, unit, 3))
             four = tl.reshape(tl.join(even, odd), (ROWS, 32, 4)).to(tl.int32, bitcast=True)
@@ -87,18 +94,19 @@ def finish(
     sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNKS: tl.constexpr, SETS: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PAD: tl.constexpr, HAS_DENSE: tl.constexpr,
 ):  # fmt: skip
     """out = 65536 times the part sums of whichever main kernel ran, added in a fixed order. 64 columns x BLOCK tokens.
 
     Args:
-        sums: of the routed kernel, float32 [SETS, hidden / 64 rounded up, tokens, 64].
+        sums: of the routed kernel, float32 [SETS, strips, tokens + PAD, ROWS].
         parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, 128].
     """
     n = tl.arange(0, 64)
     column = tl.program_id(0)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (m < tokens)[:, None] & (column * 64 + n < hidden)[None, :]
-    if is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED):
+    if is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, HAS_DENSE):
         tile = (column // 2) * token_tiles + tl.program_id(1) * BLOCK // TOKENS
         # Program p computed units p * units // programs and on: the tile's first and last units tell its programs.
         units = tiles.to(tl.int64) * CHUNKS
@@ -109,10 +117,14 @@ def finish(
         for slot in range(0, (last - first + 1).to(tl.int32)):
             total += tl.load(parts + where + slot * (TOKENS * 128), mask=inside, other=0.0)
     else:
-        step = tl.num_programs(0).to(tl.int64) * tokens * 64
-        where = (column.to(tl.int64) * tokens + m[:, None]) * 64 + n[None, :]
-        total = tl.load(sums + where, mask=inside, other=0.0)
+        # The routed kernel keeps rows g and g + 8 of each 16 side by side: read in its order, then take the pairs apart.
+        strips = (tl.num_programs(0) * 64 + ROWS - 1) // ROWS
+        region = (tokens + PAD).to(tl.int64) * ROWS
+        where = (column * 64 // ROWS) * region + m[:, None].to(tl.int64) * ROWS + column * 64 % ROWS + n[None, :]
+        present = (m < tokens)[:, None] & (n >= 0)[None, :]
+        total = tl.load(sums + where, mask=present, other=0.0)
         for part in tl.static_range(1, SETS):
-            total += tl.load(sums + step * part + where, mask=inside, other=0.0)
+            total += tl.load(sums + strips * region * part + where, mask=present, other=0.0)
+        total = tl.reshape(tl.permute(tl.reshape(total, (BLOCK, 4, 8, 2)), (0, 1, 3, 2)), (BLOCK, 64))
     target = m[:, None].to(tl.int64) * hidden + column * 64 + n[None, :]
     tl.store(out + target, (total * 65536.0).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,113 @@
+"""Launches of the kernels for prepared weights."""
+from __future__ import annotations
+
+import torch
+
+from backends.operand import Nvfp4Tensor, PreparedOperand, round_up
+from backends.problem import Fc2Problem
+from backends.triton.dense import fc2_dense
+from backends.triton.few import fc2_few
+from backends.triton.plan import finish, gather_tokens
+from backends.triton.routed import PAD, fc2_routed
+from backends.triton.tactic import CHUNK, TritonTactic
+
+#: Tokens per pass of the "gathered" form: bounds its scratch memory (at most 0.2 GB at N = 7168, K = 65536).
+PASS_TOKENS = 512
+# Programs of the dense kernel: one per multiprocessor of an H100 or H200. Part of the order of additions, and therefore
+# a constant rather than a property of the device.
+_DENSE_PROGRAMS = 132
+_DENSE_ROWS = 128
+
+
+def run(
+    problem: Fc2Problem,
+    tactic: TritonTactic,
+    a: Nvfp4Tensor,
+    b: PreparedOperand,
+    alpha: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Enqueue the kernels of form "few" or "gathered". Scratch memory comes from torch's allocator."""
+    if tactic.form == "few":
+        _few(problem, tactic, a, b, alpha, out)
+        return
+    for first in range(0, problem.m, PASS_TOKENS):
+        rows = slice(first, first + PASS_TOKENS)  # a multiple of 128, so the swizzled scale factors split here too
+        _gathered(problem, tactic, a.data[rows], a.scale[rows], a.layout == "128x4", b, alpha[rows], out[rows])
+
+
+def _few(
+    problem: Fc2Problem, tactic: TritonTactic, a: Nvfp4Tensor, b: PreparedOperand, alpha: torch.Tensor, out: torch.Tensor
+) -> None:
+    programs = -(-problem.n // tactic.block_n)
+    lists = torch.empty((programs, problem.experts), dtype=torch.int32, device=out.device)
+    fc2_few[(programs,)](
+        a.data.view(torch.int32), a.scale, b.data.view(torch.int32), b.scale.view(torch.int32), alpha, out, lists,
+        problem.m, problem.n,
+        EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=a.layout == "128x4",
+        BLOCKS=tactic.block_n // 32, GROUPS=tactic.num_warps // 4, DEPTH=tactic.num_stages, num_warps=tactic.num_warps,
+    )  # fmt: skip
+
+
+def _gathered(
+    problem: Fc2Problem,
+    tactic: TritonTactic,
+    a_data: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_swizzled: bool,
+    b: PreparedOperand,
+    alpha: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    tokens, hidden, experts, inner = out.shape[0], problem.n, problem.experts, problem.intermediate
+    device = out.device
+    columns, wide = round_up(tokens, 128), round_up(tokens, 16)
+    padded = 1 << (experts - 1).bit_length()
+    sets, width, rows = tactic.split, tactic.block_m, tactic.block_n
+    strips = -(-hidden // rows)
+    chunks = problem.k // CHUNK
+    has_dense = problem.capability == (9, 0)
+    tile_tokens = min(64, max(16, 1 << (tokens - 1).bit_length()))
+    token_tiles = -(-tokens // tile_tokens)
+    tiles = -(-hidden // _DENSE_ROWS) * token_tiles
+    programs = min(_DENSE_PROGRAMS, tiles * chunks)
+    slots = -(-programs // tiles) + 1  # programs that a tile's units can fall to
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    words, weights, factors = a_data.view(torch.int32), b.data.view(torch.int32), b.scale.view(torch.int32)
+    counts = scratch(experts, dtype=torch.int32)
+    token_of = scratch(experts, wide, dtype=torch.int32)
+    weight_of = scratch(experts, wide)
+    alpha_t = scratch(experts, columns)
+    gathered = scratch(experts, wide, inner // 2, dtype=torch.int32)
+    lists = scratch(sets, strips, experts * -(-tokens // width), dtype=torch.int32)
+    sums = scratch(sets, strips, tokens + PAD.value, rows)
+    parts = scratch(tiles if has_dense else 0, slots, tile_tokens, _DENSE_ROWS)
+
+    gather_tokens[(experts,)](
+        words, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
+        EXPERTS=experts, INNER=inner, A_SWIZZLED=a_swizzled, BLOCK=128, ROWS=8, num_warps=4,
+    )  # fmt: skip
+    fc2_routed[(strips, sets)](
+        weights, factors, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, SETS=sets, WIDTH=width, WARPS=tactic.num_warps,
+        HAS_DENSE=has_dense, num_warps=tactic.num_warps, maxnreg=registers(tactic),
+    )  # fmt: skip
+    if has_dense:
+        fc2_dense[(programs,)](
+            words, a_scale, weights, factors, alpha_t, counts, parts, tokens, columns, tiles, round_up(hidden, 128) // 32,
+            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, TOKENS=tile_tokens, SLOTS=slots,
+            WARPS=8, num_warps=8,
+        )  # fmt: skip
+    finish[(-(-hidden // 64), -(-tokens // 8))](
+        sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
+        EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=chunks, SETS=sets, TOKENS=tile_tokens, SLOTS=slots, BLOCK=8,
+        ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, num_warps=4,
+    )  # fmt: skip
+
+
+def registers(tactic: TritonTactic) -> int:
+    """Register limit of the routed kernel: the most warps per multiprocessor without spills inside the loop."""
+    return 128 if tactic.block_m == 16 else 80 if tactic.split > 5 else 96
