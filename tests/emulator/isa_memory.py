@@ -87,7 +87,7 @@ def st(e, instr: Instr) -> None:
     for item in items:
         if size == 16:
             values.append(f"*{e.read(item, 'o')}")
-        elif size == 8:
+        elif size == 8 and e.emitting:
             values.append(e.read(item, "q"))
         elif e.emitting:
             cls = e.storage(item) if isinstance(item, Reg) else "i"

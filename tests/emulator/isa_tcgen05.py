@@ -156,6 +156,8 @@ def ld(e, instr: Instr) -> None:
     e.line(f"{t} = pack_16b({call})" if pack else f"{t} = {call}")
     for i, item in enumerate(items):
         e.write(item, f"{t}[{i}]", cls if e.emitting else "n")
+        if cls == "f" and e.emitting:
+            e.origin[item.index] = (t, i)
 
 
 @op("tcgen05.st", starts_block=True)

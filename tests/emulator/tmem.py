@@ -103,8 +103,8 @@ def warp_lanes(w, address: int, shape: str) -> int:
     return own + inside
 
 
-def load(w, address: int, shape: str, repeat: int, cls: str) -> list:
-    """Register values of tcgen05.ld."""
+def load(w, address: int, shape: str, repeat: int, cls: str) -> np.ndarray:
+    """Register values of tcgen05.ld, one row per register."""
     tmem, columns = w.cta.tmem, columns_of(shape, repeat)
     lane, column = warp_lanes(w, address, shape), address & 0xFFFF
     tmem.check_columns(column, columns, "tcgen05.ld")
@@ -116,7 +116,7 @@ def load(w, address: int, shape: str, repeat: int, cls: str) -> list:
     else:
         lanes, cols = register_map(shape, repeat)
         block = tmem.words[lanes + lane, cols + column]
-    return list(block.view(np.float32)) if cls == "f" else list(block.astype(np.int64))
+    return block.view(np.float32) if cls == "f" else block.astype(np.int64)
 
 
 def store(w, address: int, shape: str, repeat: int, values: list) -> None:

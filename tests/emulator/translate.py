@@ -83,6 +83,7 @@ class Recorder:
         self.parent: dict[tuple[int, int], tuple[int, int]] = {}
         self.votes: dict[tuple[int, int], set[str]] = {}
         self.wide_votes: dict[int, set[str]] = {}
+        self.packed: set[int] = set()  # 64-bit registers that are put together from halves or taken apart
         self.effects = Effects()
         self.emitting = False
 
@@ -100,6 +101,8 @@ class Recorder:
     def _vote(self, reg: Reg, cls: str) -> None:
         if reg.width == 64 and cls != "n":
             self.wide_votes.setdefault(reg.index, set()).add("q" if cls == "d" else cls)
+            for half in range(2):
+                self.votes.setdefault(self.find((reg.index, half)), set()).add("f" if cls == "v" else "i")
         elif reg.width == 32 and cls in "if":
             self.votes.setdefault(self.find((reg.index, 0)), set()).add(cls)
 
@@ -127,6 +130,7 @@ class Recorder:
 
     def pack(self, dst: object, halves: tuple) -> None:
         self.write(dst, "", "n")
+        self.packed.update(r.index for r in (dst,) if isinstance(r, Reg))
         for i, half in enumerate(halves):
             self.read(half, "n")
             if isinstance(half, Reg) and isinstance(dst, Reg):
@@ -134,6 +138,7 @@ class Recorder:
 
     def unpack(self, halves: tuple, src: object) -> None:
         self.read(src, "n")
+        self.packed.update(r.index for r in (src,) if isinstance(r, Reg))
         for i, half in enumerate(halves):
             self.write(half, "", "n")
             if isinstance(half, Reg) and isinstance(src, Reg):
@@ -177,7 +182,8 @@ class Recorder:
                 out[reg.index] = half((reg.index, 0))
             elif reg.width == 64:
                 votes = self.wide_votes.get(reg.index, set())
-                out[reg.index] = ("q" if "q" in votes else "v" if "v" in votes
+                packed = reg.index in self.packed
+                out[reg.index] = ("q" if "q" in votes or not votes and not packed else "v" if "v" in votes
                                   else ("t", half((reg.index, 0)), half((reg.index, 1))))
             else:
                 out[reg.index] = "o"  # b128: a Python list of four i values
@@ -213,6 +219,7 @@ class Generator:
         self.loaded: list[int] = []
         self.known: set[int] = set()
         self.written: list[int] = []
+        self.origin: dict[int, tuple[str, int]] = {}  # register -> (2-D value of a tcgen05.ld, row), while it holds that row
         self.temps = 0
         self.indent = ""
         self.mask = "m"
@@ -277,6 +284,7 @@ class Generator:
             function = "merge_q" if want == "q" else "merge"
             expr = f"{function}({self.mask}, {expr}, {self._load(operand)})"
         self.known.add(operand.index)
+        self.origin.pop(operand.index, None)
         if operand.index not in self.written:
             self.written.append(operand.index)
         self.line(f"v{operand.index} = {expr}")
@@ -295,8 +303,12 @@ class Generator:
             low, high = (self.read(h, "i") for h in halves)
             self.write(dst, f"t2q({low}, {high})", "q")
         elif want == "v":
+            rows = [self.origin.get(h.index) if isinstance(h, Reg) else None for h in halves]
             low, high = (self.read(h, "f") for h in halves)
-            self.write(dst, f"ff2v({low}, {high})", "v")
+            if rows[0] and rows[1] == (rows[0][0], rows[0][1] + 1):  # adjacent rows of one load are already packed
+                self.write(dst, f"{rows[0][0]}[{rows[0][1]}:{rows[0][1] + 2}]", "v")
+            else:
+                self.write(dst, f"ff2v({low}, {high})", "v")
         else:
             low, high = (self.read(h, c) for h, c in zip(halves, want[1:]))
             self.write(dst, f"({low}, {high})", want)
