@@ -199,6 +199,8 @@ def comparison(e, instr: Instr, compare: str, a, b) -> str:
 @runtime
 def pack_half(kind, rounding, relu, high, low):
     """cvt.{f16x2,bf16x2}.f32 d, a, b: a in the upper half."""
+    if kind == "bf16" and rounding == "rn" and not relu and isinstance(high, np.ndarray) and isinstance(low, np.ndarray):
+        return N.pack_bf16(high, low)
     function = getattr(N, _HALF[kind][1])
     if relu:
         high, low = np.where(high < 0, np.float32(0), high), np.where(low < 0, np.float32(0), low)
