@@ -1,0 +1,395 @@
+"""Dense alpha, 16 tokens and more: every expert meets every token, on the warpgroup instructions of SM 9.0.
+
+One program fills a multiprocessor with specialized warps:
+
+- the first 4 copy weights from global to shared memory (asynchronous copies, WEIGHT_STAGES chunks ahead) and decode
+  activations to float16 in shared memory, where the instruction wants its right operand;
+- each of the CONSUMERS groups of 4 decodes the weights of 64 rows into registers, the left operand, and multiplies.
+  Partial sums of one expert and the running total are both in registers, so alpha applies to float32 sums.
+
+Weights and activations are decoded once per tile of 64 * CONSUMERS rows x TOKENS tokens.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from backends.triton.fragments import decode_weights
+
+
+def _unit_asm() -> str:
+    """$0..$3: the four scale factors of a word ($4; upper bytes of float16 without sign), each in both 16-bit sides."""
+    lines = [f"prmt.b32 $%d, $4, 0, 0x4%d4%d; shl.b32 $%d, $%d, 7;" % (i, i, i, i, i) for i in range(4)]
+    return "\n".join(lines)
+
+
+def _codes_asm() -> str:
+    """$0..$3: 8 float16, 2^-8 of the values of a packed word ($4), of four blocks with scale factors $5..$8."""
+    return """{ .reg .b32 t;
+    and.b32 $0, $4, 0x8E008E00;
+    shl.b32 t, $4, 3; and.b32 $1, t, 0x8E008E00;
+    and.b32 t, $4, 0x40384038; mul.lo.u32 t, t, 66; and.b32 $2, t, 0x8E008E00;
+    and.b32 t, $4, 0x20072007; mul.lo.u32 t, t, 516; and.b32 $3, t, 0x8E008E00;
+    mul.f16x2 $0, $0, $5; mul.f16x2 $1, $1, $6; mul.f16x2 $2, $2, $7; mul.f16x2 $3, $3, $8; }"""
+
+
+_UNITS = gl.constexpr(_unit_asm())
+_CODES = gl.constexpr(_codes_asm())
+_INT4 = gl.constexpr((gl.int32, gl.int32, gl.int32, gl.int32))
+_PLAIN1 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_PLAIN2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def pack_activations(
+    a_data, a_scale, counts, packed, units, tokens, columns,
+    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
+):  # fmt: skip
+    """Activations in the order and packing that `fc2_warpgroup` decodes; one thread per token and 64 values of K.
+
+    Args:
+        a_data: int32 view of [tokens, K/2] bytes.
+        packed: int32 [K/64, columns, 8]: word 2s + h holds the values at slots 8h .. 8h+7 of step s, packed as weights are.
+        units: int32 [K/64, columns], four scale factors each: bits 14..7 of the float16 64*s. Signs go to the values.
+        columns: tokens, rounded up to whole tiles; values past the last token are zero.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+    K: gl.constexpr = EXPERTS * INNER
+    e = gl.arange(0, EXPERTS_PADDED, layout=LINE)
+    pairs = gl.sum(gl.load(counts + e, mask=e < EXPERTS, other=0), 0)
+    if pairs * 4 <= tokens * EXPERTS:
+        return
+    quarter = gl.program_id(0)
+    m = gl.program_id(1) * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, WIDE))
+    i = gl.arange(0, 8, layout=gl.SliceLayout(0, WIDE))
+    inside = m < tokens
+    word = gl.load(a_data + (m.to(gl.int64) * (K // 8) + quarter * 8)[:, None] + i[None, :], mask=inside[:, None], other=0)
+    if A_SWIZZLED:
+        where = ((m // 128) * (K // 64) + quarter) * 512 + (m % 32) * 16 + ((m % 128) // 32) * 4
+    else:
+        where = m.to(gl.int64) * (K // 16) + quarter * 4
+    scales = gl.load((a_scale + where).to(gl.pointer_type(gl.int32), bitcast=True), mask=inside, other=0)
+    # Words 2t and 2t + 1 belong to scale block t: a negative scale factor flips the signs of its 16 codes.
+    flip = ((scales[:, None] >> (8 * (i // 2) + 7)[None, :]) & 1) != 0
+    word = gl.where(flip, word ^ -2004318072, word)
+    even, odd = gl.split(gl.reshape(word, [128, 4, 2]))  # w = 0 and w = 1, [token, t]
+    outputs = ()
+    for w in gl.static_range(2):
+        source = odd if w else even
+        low, high = gl.split(gl.permute(gl.reshape(source, [128, 2, 2]), (0, 2, 1)))  # blocks 0 and 1; 2 and 3
+        t0, t2 = gl.split(low)
+        t1, t3 = gl.split(high)
+        for p in gl.static_range(4):
+            outputs = outputs + (_field(t0, p, 15, 9) | _field(t1, p, 12, 6) | _field(t2, p, 14, 3) | _field(t3, p, 13, 0),)
+    joined = gl.join(
+        gl.join(gl.join(outputs[0], outputs[4]), gl.join(outputs[2], outputs[6])),
+        gl.join(gl.join(outputs[1], outputs[5]), gl.join(outputs[3], outputs[7])),
+    )
+    joined = gl.convert_layout(gl.reshape(joined, [128, 8]), WIDE)
+    row = quarter.to(gl.int64) * columns + m
+    stored = m < columns
+    gl.store(packed + row[:, None] * 8 + i[None, :], joined, mask=stored[:, None])
+    unit = scales - scales
+    for t in gl.static_range(4):
+        byte = (scales >> (8 * t)) & 0x7F
+        # 64 s in float16 from e4m3: the fields of both line up at 2^14 of the value.
+        half = (byte << 7).to(gl.int16).to(gl.float16, bitcast=True) * 16384.0
+        bits = (half.to(gl.int16, bitcast=True).to(gl.int32) >> 7) & 0xFF
+        unit = unit | (gl.where(byte == 0x7F, 0xFF, bits) << (8 * t))
+    gl.store(units + row, unit, mask=stored)
+
+
+@gluon.jit
+def _field(words, pair: gl.constexpr, SIGN: gl.constexpr, MAGNITUDE: gl.constexpr):
+    """Codes `pair` and `pair` + 4 of 8, with sign and magnitude at the given bits of both sides."""
+    code = words >> (4 * pair)
+    return ((code & 0x00080008) << (SIGN - 3)) | ((code & 0x00070007) << MAGNITUDE)
+
+
+@gluon.jit(do_not_specialize=["tokens", "columns", "tiles", "blocks"])
+def fc2_warpgroup(
+    packed, units, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, blocks,
+    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr,
+    TOKENS: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, WEIGHT_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """An equal share of all (tile, chunk of 256 values of K) per program; a tile is 64 * CONSUMERS rows x TOKENS tokens.
+
+    Args:
+        packed, units: activations from `pack_activations`.
+        alpha_t: float32 [EXPERTS, columns], zero past the last token.
+        parts: float32 [tiles, SLOTS, TOKENS, 64 * CONSUMERS] of part sums (2^-16 of them), one slot per program of a tile.
+        tiles: row tiles times token tiles, token tiles of one row tile side by side.
+        blocks: blocks of 32 rows that B has.
+    """
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    CHUNKS: gl.constexpr = EXPERTS * INNER // 256
+    SLICES: gl.constexpr = 4 * TOKENS // 128 if TOKENS >= 32 else 1  # of 256 values of K
+    e = gl.arange(0, EXPERTS_PADDED, layout=LINE)
+    pairs = gl.sum(gl.load(counts + e, mask=e < EXPERTS, other=0), 0)
+    if pairs * 4 <= tokens * EXPERTS:
+        return
+    program = gl.program_id(0)
+    all_units = tiles * CHUNKS
+    first = (program.to(gl.int64) * all_units // gl.num_programs(0)).to(gl.int32)
+    last = ((program + 1).to(gl.int64) * all_units // gl.num_programs(0)).to(gl.int32)
+
+    acts = gl.allocate_shared_memory(
+        gl.float16, [STAGES * SLICES, TOKENS, 256 // SLICES], gl.NVMMASharedLayout(128, 16, 2)
+    )
+    alphas = gl.allocate_shared_memory(gl.float32, [STAGES, TOKENS], _PLAIN1)
+    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2 * CONSUMERS, 1024], _PLAIN2)
+    scales = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2 * CONSUMERS, 128], _PLAIN2)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES * SLICES, 1], mbarrier.MBarrierLayout())
+    drained = gl.allocate_shared_memory(gl.int64, [STAGES * SLICES, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES * SLICES):
+        mbarrier.init(filled.index(i), count=1)
+        mbarrier.init(drained.index(i), count=CONSUMERS)
+    for i in gl.static_range(WEIGHT_STAGES):
+        mbarrier.init(loaded.index(i), count=128)
+        mbarrier.init(used.index(i), count=CONSUMERS)
+    fence_async_shared()
+    gl.thread_barrier()
+    rings = (acts, alphas, words, scales, filled, drained, loaded, used)
+    share = (first, last, gl.cdiv(tokens, TOKENS))
+    sizes: gl.constexpr = (EXPERTS, INNER, TOKENS, SLICES, CONSUMERS, STAGES, WEIGHT_STAGES)
+    place = (parts, tiles, program, gl.num_programs(0))
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
+                (_consume, (rings, share, place, 0, SLOTS, sizes)),
+                (_consume, (rings, share, place, 1, SLOTS, sizes)),
+            ],
+            [4, 4], [REGISTERS, REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 4)
+        gl.warp_specialize(
+            [
+                (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
+                (_consume, (rings, share, place, 0, SLOTS, sizes)),
+                (_consume, (rings, share, place, 1, SLOTS, sizes)),
+                (_consume, (rings, share, place, 2, SLOTS, sizes)),
+                (_consume, (rings, share, place, 3, SLOTS, sizes)),
+            ],
+            [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )  # fmt: skip
+
+
+@gluon.jit
+def _produce(rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes: gl.constexpr):
+    """Fills the rings, in the order in which `_consume` empties them."""
+    acts, alphas, words, scales, filled, drained, loaded, used = rings
+    first, last, token_tiles = share
+    INNER: gl.constexpr = sizes[1]
+    CHUNKS: gl.constexpr = sizes[0] * INNER // 256
+    TOKENS: gl.constexpr = sizes[2]
+    SLICES: gl.constexpr = sizes[3]
+    STAGES: gl.constexpr = sizes[5]
+    WEIGHT_STAGES: gl.constexpr = sizes[6]
+    QUARTERS: gl.constexpr = 4 // SLICES  # per slice
+    # A thread decodes 8 words of one token, or 4 where there are 16 tokens.
+    ACROSS: gl.constexpr = 32 if TOKENS >= 32 else 16
+    WORDS: gl.constexpr = gl.BlockedLayout(
+        [1, 1, ACROSS // 4], [ACROSS, 1, 32 // ACROSS], [4 // QUARTERS, QUARTERS, 1], [2, 1, 0]
+    )
+    UNITS: gl.constexpr = gl.SliceLayout(2, WORDS)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, UNITS))
+    quarter = gl.arange(0, QUARTERS, layout=gl.SliceLayout(0, UNITS))
+    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
+    # Of unit u: where its activations are, per slice.
+    codes_at = quarter[None, :] * columns + token[:, None]
+    line = gl.arange(0, TOKENS, layout=LINE)
+
+    for ahead in gl.static_range(WEIGHT_STAGES - 1):
+        _copy_weights(rings, first + ahead, last, ahead, token_tiles, w_data, w_scale, blocks, sizes)
+    code, unit = _codes(packed, units, codes_at, eight, first, last, 0, token_tiles, columns, sizes)
+    for at in range(first, last):
+        step = at - first
+        # The stage that the chunk before this one used.
+        stage = (step + WEIGHT_STAGES - 1) % WEIGHT_STAGES
+        turn = (step + WEIGHT_STAGES - 1) // WEIGHT_STAGES
+        mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
+        _copy_weights(rings, at + WEIGHT_STAGES - 1, last, stage, token_tiles, w_data, w_scale, blocks, sizes)
+        slot = step % STAGES
+        phase = (step // STAGES + 1) & 1
+        token0 = (at // CHUNKS % token_tiles) * TOKENS
+        alpha = gl.load(alpha_t + (at % CHUNKS // (INNER // 256)) * columns + token0 + line)
+        for s in gl.static_range(SLICES):
+            index = slot * SLICES + s
+            if s + 1 < SLICES:
+                code_next, unit_next = _codes(packed, units, codes_at, eight, at, last, s + 1, token_tiles, columns, sizes)
+            else:
+                code_next, unit_next = _codes(packed, units, codes_at, eight, at + 1, last, 0, token_tiles, columns, sizes)
+            u0, u1, u2, u3 = gl.inline_asm_elementwise(_UNITS, "=&r,=&r,=&r,=&r,r", [unit], _INT4, True, 1)
+            x, u0 = gl.broadcast(code, u0[:, :, None])
+            x, u1 = gl.broadcast(code, u1[:, :, None])
+            x, u2 = gl.broadcast(code, u2[:, :, None])
+            x, u3 = gl.broadcast(code, u3[:, :, None])
+            x0, x1, x2, x3 = gl.inline_asm_elementwise(
+                _CODES, "=&r,=&r,=&r,=&r,r,r,r,r,r", [x, u0, u1, u2, u3], _INT4, True, 1
+            )
+            values = gl.join(gl.join(x0, x2), gl.join(x1, x3))
+            values = gl.reshape(values, [TOKENS, 32 * QUARTERS])
+            mbarrier.wait(drained.index(index), phase, pred=step >= STAGES)
+            target = acts.index(index)._reinterpret(gl.int32, [TOKENS, 32 * QUARTERS], gl.NVMMASharedLayout(128, 32, 2))
+            target.store(values)
+            if s == SLICES - 1:  # whose consumers are done with the alpha before
+                alphas.index(slot).store(alpha)
+            fence_async_shared()
+            mbarrier.arrive(filled.index(index), count=1)
+            code, unit = code_next, unit_next
+
+
+@gluon.jit
+def _codes(packed, units, codes_at, eight, at, last, SLICE: gl.constexpr, token_tiles, columns, sizes: gl.constexpr):
+    """Packed activations of one slice of unit `at` (of the last one past the end), and their scale factors."""
+    CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
+    SLICES: gl.constexpr = sizes[3]
+    here = gl.minimum(at, last - 1)
+    base = (here % CHUNKS * 4 + SLICE * (4 // SLICES)).to(gl.int64) * columns + (here // CHUNKS % token_tiles) * sizes[2]
+    code = gl.load(packed + base * 8 + (codes_at * 8)[:, :, None] + eight[None, None, :])
+    return code, gl.load(units + base + codes_at)
+
+
+@gluon.jit
+def _copy_weights(rings, at, last, stage, token_tiles, w_data, w_scale, blocks, sizes: gl.constexpr):
+    """Starts copying the weights of unit `at`, if there is one."""
+    acts, alphas, words, scales, filled, drained, loaded, used = rings
+    CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
+    BLOCKS: gl.constexpr = 2 * sizes[4]
+    DATA: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    SCALE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    if at < last:
+        block0 = at // CHUNKS // token_tiles * BLOCKS
+        skipped = (at % CHUNKS).to(gl.int64) * blocks
+        # Rows past the end of B repeat its last block.
+        block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, DATA)), blocks - 1)
+        where = (block * 1024)[:, None] + gl.arange(0, 1024, layout=gl.SliceLayout(0, DATA))[None, :]
+        async_copy.async_copy_global_to_shared(words.index(stage), w_data + skipped * 1024 + where)
+        block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, SCALE)), blocks - 1)
+        where = (block * 128)[:, None] + gl.arange(0, 128, layout=gl.SliceLayout(0, SCALE))[None, :]
+        async_copy.async_copy_global_to_shared(scales.index(stage), w_scale + skipped * 128 + where)
+        async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _consume(rings, share, place, GROUP: gl.constexpr, SLOTS: gl.constexpr, sizes: gl.constexpr):
+    """Rows 64 * GROUP .. 64 * GROUP + 63 of the program's tiles."""
+    acts, alphas, words, scales, filled, drained, loaded, used = rings
+    first, last, token_tiles = share
+    parts, tiles, program, programs = place
+    CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
+    TOKENS: gl.constexpr = sizes[2]
+    SLICES: gl.constexpr = sizes[3]
+    QUARTERS: gl.constexpr = 4 // SLICES  # per slice
+    ROWS: gl.constexpr = 64 * sizes[4]
+    STAGES: gl.constexpr = sizes[5]
+    WEIGHT_STAGES: gl.constexpr = sizes[6]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, ACC)
+    total = gl.full([64, TOKENS], 0.0, gl.float32, ACC)
+    zero = gl.full([64, TOKENS], 0.0, gl.float32, ACC)
+    mbarrier.wait(loaded.index(0), 0)
+    factors = _factors(scales.index(0), GROUP)
+    left = _left(words.index(0), factors, GROUP, 0, ACC)
+    for at in range(first, last):
+        step = at - first
+        stage = step % WEIGHT_STAGES
+        slot = step % STAGES
+        phase = (step // STAGES) & 1
+        partial = zero
+        for q in gl.static_range(4):
+            if q % QUARTERS == 0:
+                mbarrier.wait(filled.index(slot * SLICES + q // QUARTERS), phase)
+            right = acts.index(slot * SLICES + q // QUARTERS).slice(64 * (q % QUARTERS), 64, dim=1).permute((1, 0))
+            partial = warpgroup_mma(left, right, partial, use_acc=q > 0, is_async=True)
+            if q < 3:
+                # The last quarter's products are done and its registers free when the next ones are decoded.
+                partial = warpgroup_mma_wait(1, deps=[partial])
+                if q > 0 and q % QUARTERS == 0:
+                    mbarrier.arrive(drained.index(slot * SLICES + q // QUARTERS - 1), count=1)
+                left = _left(words.index(stage), factors, GROUP, q + 1, ACC)
+        # The next chunk's first registers are ready before this one's sums are.
+        mbarrier.arrive(used.index(stage), count=1)
+        stage = (step + 1) % WEIGHT_STAGES
+        mbarrier.wait(loaded.index(stage), ((step + 1) // WEIGHT_STAGES) & 1, pred=at + 1 < last)
+        factors = _factors(scales.index(stage), GROUP)
+        left = _left(words.index(stage), factors, GROUP, 0, ACC)
+        alpha = alphas.index(slot).load(COLUMN)
+        partial, left = warpgroup_mma_wait(0, deps=[partial, left])
+        if QUARTERS == 1:
+            mbarrier.arrive(drained.index(slot * SLICES + SLICES - 2), count=1)
+        mbarrier.arrive(drained.index(slot * SLICES + SLICES - 1), count=1)
+        total = total + partial * alpha[None, :]
+        if (at + 1) % CHUNKS == 0 or at + 1 == last:
+            tile = at // CHUNKS
+            owner = (((tile * CHUNKS + 1).to(gl.int64) * programs - 1) // (tiles * CHUNKS)).to(gl.int32)
+            where = (tile * SLOTS + program - owner).to(gl.int64) * (TOKENS * ROWS)
+            row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)) + 64 * GROUP
+            offsets = gl.arange(0, TOKENS, layout=COLUMN)[None, :] * ROWS + row[:, None]
+            gl.store(parts + where + offsets, total)
+            total = zero
+
+
+@gluon.jit
+def _four(words):
+    """The last dimension of [128, 4] apart: one element per thread each."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    even, odd = gl.split(gl.reshape(words, [128, 2, 2]))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return (
+        gl.convert_layout(x0, LINE, assert_trivial=True), gl.convert_layout(x1, LINE, assert_trivial=True),
+        gl.convert_layout(x2, LINE, assert_trivial=True), gl.convert_layout(x3, LINE, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _factors(scales, GROUP: gl.constexpr):
+    """Per quarter, the scale factors of the warp's rows g and g + 8 in the 16-bit sides, as float16 bits."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    WARPS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 32, 1], [2, 2, 1, 1], [3, 2, 1, 0])
+    # Both warps of a block of 32 rows read the same words; the second turns its half of the rows to the front.
+    block = gl.reshape(scales.slice(2 * GROUP, 2, dim=0).load(PAIRS), [2, 32, 4])
+    block = gl.convert_layout(block, gl.SliceLayout(1, WARPS), assert_trivial=True)
+    block, _ = gl.broadcast(block[:, None, :, :], gl.full([2, 2, 32, 4], 0, gl.int32, WARPS))
+    words = _four(gl.reshape(block, [128, 4]))
+    turn = gl.arange(0, 128, layout=LINE) // 32 % 2 * 8
+    result = ()
+    for q in gl.static_range(4):
+        result = result + (
+            gl.inline_asm_elementwise(
+                "shf.l.wrap.b32 $0, $1, $1, $2; and.b32 $0, $0, 0x7F807F80;", "=r,r,r", [words[q], turn], gl.int32, True, 1
+            ),
+        )
+    return result
+
+
+@gluon.jit
+def _left(words, factors, GROUP: gl.constexpr, QUARTER: gl.constexpr, ACC: gl.constexpr):
+    """[64, 64] float16 weights, in the registers of the left operand."""
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    block = words.slice(2 * GROUP, 2, dim=0).slice(256 * QUARTER, 256, dim=1).load(PAIRS)
+    x = _four(gl.reshape(block, [128, 4]))
+    steps = ()
+    for s in gl.static_range(4):
+        d = decode_weights(x[s], factors[QUARTER])
+        first = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3]))
+        second = gl.join(gl.join(d[4], d[5]), gl.join(d[6], d[7]))
+        steps = steps + (gl.join(first, second),)
+    joined = gl.join(gl.join(steps[0], steps[1]), gl.join(steps[2], steps[3]))
+    # warp, g, t, side, row half, k half, step bit 0, step bit 1
+    values = gl.permute(gl.reshape(joined, [4, 8, 4, 2, 2, 2, 2, 2]), (0, 4, 1, 7, 6, 5, 2, 3))
+    return gl.convert_layout(gl.reshape(values, [64, 64]), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
