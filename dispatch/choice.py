@@ -6,7 +6,7 @@ How "auto" decides, in this order:
    problem, and tactics that failed while tuning this shape.
 2. Inside a backend: the rule, if one applies (`_rules`), unless the user's own tuning of this very problem found
    something faster; else the best measured tactic at this m; else, between measured token counts, times interpolated per
-   tactic; else the model; else the backend's default tactic.
+   tactic; else the model, held against what was measured of the shape; else the backend's default tactic.
 3. Between backends: the first in registry order stays unless another one is known to be faster.
 4. "Faster" means by more than `TIE_MARGIN`. Inside the margin the incumbent (rule or default tactic) wins, then the
    fixed order of candidates: ranks with the same tables agree without talking.
@@ -22,7 +22,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from backends import registry
 from backends.device import DeviceInfo
-from backends.interface import Fc2Backend, Support
+from backends.interface import SUPPORTED, Fc2Backend, Support
 from backends.problem import Fc2Problem, dtype_name
 from backends.tactic import Tactic
 from dispatch.errors import ArgumentError, ArgumentTypeError, UnavailableError
@@ -32,6 +32,10 @@ from dispatch.measured import Estimate, Evidence, Measured
 #: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that diverge on
 #: ties are about differences of 0.08 to 2%.
 TIE_MARGIN = 0.02
+
+#: Beyond the token counts that were measured, a tactic never measured at this shape must be predicted to be faster by
+#: more than this share to displace those that were: several times the model's own error (tests/test_model.py).
+MODEL_MARGIN = 0.25
 
 #: Knows nothing.
 NOTHING = Measured()
@@ -348,10 +352,10 @@ def _candidates(
     timed = [t for t in evidence.timed if t.backend == backend.name]
     found: dict[Tactic, Candidate] = {}
 
-    def consider(tactics: Iterable[Tactic]) -> None:
+    def consider(tactics: Iterable[Tactic], listed: bool = False) -> None:
         for tactic in tactics:
-            if tactic not in found and (pin is None or pin.matches(tactic)):
-                found[tactic] = _assess(backend, tactic, evidence, forced=pin is not None)
+            if (pin is None or pin.matches(tactic)) and tactic not in found:
+                found[tactic] = _assess(backend, tactic, evidence, pin is not None, listed)
 
     consider(rules)
     rule = next((c for c in found.values() if not c.rejected), None)
@@ -361,18 +365,18 @@ def _candidates(
     if not found[default].incumbent:
         found[default] = replace(found[default], incumbent="default")
     consider(timed)
-    known = rule is not None or any(c.evidence for c in found.values())
+    possible = [c for c in found.values() if not c.rejected]
     modelled = evidence.model is not None and evidence.model.knows(backend.name)
-    if complete or (modelled and not known) or all(c.rejected for c in found.values()):
-        consider(backend.tactics(problem))
+    if complete or not possible or (modelled and rule is None and not _settled(possible, evidence)):
+        consider(backend.tactics(problem), listed=True)
     return list(found.values())
 
 
-def _assess(backend: Fc2Backend, tactic: Tactic, evidence: Evidence, forced: bool) -> Candidate:
-    support = backend.can_implement(evidence.problem, tactic)
+def _assess(backend: Fc2Backend, tactic: Tactic, evidence: Evidence, forced: bool, listed: bool) -> Candidate:
+    support = SUPPORTED if listed else backend.can_implement(evidence.problem, tactic)
     if support and not forced:
         support = backend.keeps_accuracy(tactic)
-    if support and not forced and tactic in evidence.failures:
+    if support and not forced and evidence.failures and tactic in evidence.failures:
         support = Support(False, f"failed while tuning this shape: {evidence.failures[tactic]}")
     if not support:
         return Candidate(backend.name, tactic, rejected=support.reason)
@@ -401,16 +405,23 @@ def _pick(candidates: list[Candidate], evidence: Evidence, pin: Optional[Pin]) -
 
 def _best_known(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
     """Those whose times may be compared with each other, by the strongest evidence there is."""
+    settled = _settled(possible, evidence)
+    if settled:
+        return settled
+    near = [c for c in possible if c.evidence]
+    limit = min((c.seconds for c in near), default=float("inf"))
+    return [c for c in possible if c.estimate and (c.evidence or c.seconds * (1 + MODEL_MARGIN) < limit)]
+
+
+def _settled(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
+    """Those measured at this m, or, where the best tactics below and above are among them, on both sides of it."""
     here = [c for c in possible if c.evidence == "here"]
     if here:
         return here
     between = [c for c in possible if c.evidence == "both sides"]
     # Interpolation needs the winners of both sides in the race, or it would miss one of them.
-    backend = possible[0].backend
-    if between and evidence.winners(backend) <= {c.tactic for c in between}:
-        return between
-    near = [c for c in possible if c.evidence]
-    return near or [c for c in possible if c.estimate]
+    winners = evidence.winners({c.tactic for c in possible}) if between else set()
+    return between if winners <= {c.tactic for c in between} else []
 
 
 def pick_among(tactics: Sequence[Tactic], evidence: Evidence) -> Tactic:

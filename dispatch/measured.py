@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Any, Collection, Iterable, Mapping, Optional, Sequence
 
 from backends import registry
 from backends.problem import Fc2Problem
@@ -241,7 +241,7 @@ class Measured:
                     self._add(entry, table is user)
                 else:
                     self._failures.setdefault(_shape(entry.problem), {})[entry.tactic] = entry.failure
-        self._views: dict[tuple, tuple[dict[int, dict[Tactic, Entry]], list[Tactic]]] = {}
+        self._views: dict[tuple, tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]] = {}
         self._similar = {_loose(shape): shape for shape in self._index}
 
     def _add(self, entry: Entry, users: bool) -> None:
@@ -277,14 +277,15 @@ class Measured:
         )
 
 
-    def _of_forms(self, shape: tuple, forms: tuple[str, ...]) -> tuple[dict[int, dict[Tactic, Entry]], list[Tactic]]:
+    def _of_forms(self, shape: tuple, forms: tuple[str, ...]) -> tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]:
         """Entries by ascending m and tactic in the first form that has any, and the tactics in a fixed order."""
         known = self._views.get((shape, forms))
         if known is None:
             # Where this output type or layout of a was never measured, those of another one are close.
             points = self._index.get(shape) or self._index.get(self._similar.get(_loose(shape)), {})
             resolved = {m: _of_form(points[m], forms) for m in sorted(points)}
-            timed = sorted({tactic for entries in resolved.values() for tactic in entries}, key=str)
+            found = {tactic for entries in resolved.values() for tactic in entries}
+            timed = dict.fromkeys(sorted(found, key=str))
             known = self._views[shape, forms] = (resolved, timed)
         return known
 
@@ -307,7 +308,7 @@ class Evidence:
     problem: Fc2Problem
     alpha: str
     points: Mapping[int, Mapping[Tactic, Entry]]
-    timed: Sequence[Tactic]
+    timed: Mapping[Tactic, None]
     exact: bool
     by_user: bool
     failures: Mapping[Tactic, str]
@@ -318,9 +319,9 @@ class Evidence:
         """Entries of exactly this m."""
         return self.points.get(self.problem.m, {})
 
-    def winners(self, backend: str) -> set[Tactic]:
-        """A backend's fastest tactic at the nearest measured token counts below and above this m."""
-        own = {m: {t: e.seconds for t, e in at.items() if t.backend == backend} for m, at in self.points.items()}
+    def winners(self, among: Collection[Tactic]) -> set[Tactic]:
+        """The fastest of some tactics at the nearest token counts below and above this m that measured any of them."""
+        own = {m: {t: e.seconds for t, e in at.items() if t in among} for m, at in self.points.items()}
         return {min(own[m], key=lambda t: own[m][t]) for m in self._around([m for m in own if own[m]])}
 
     def _around(self, ms: Sequence[int]) -> list[int]:
@@ -329,15 +330,16 @@ class Evidence:
 
     def estimate(self, tactic: Tactic) -> Optional[Estimate]:
         """The best knowledge of a tactic's time; None where there is none."""
+        if tactic not in self.timed:
+            base = self._predict(self.problem, tactic, self.alpha)
+            return None if base is None else Estimate(base, "model", self.alpha, "")
         entry = self.here.get(tactic)
         if entry is not None:
             return Estimate(entry.seconds, "measured" if self.exact else "interpolated", entry.alpha, "here", entry)
         near = self._around([m for m, entries in self.points.items() if tactic in entries])
         known = [self.points[m][tactic] for m in near]
-        alpha = known[0].alpha if known else self.alpha
+        alpha = known[0].alpha
         base = self._predict(self.problem, tactic, alpha)
-        if not known:
-            return None if base is None else Estimate(base, "model", alpha, "")
         # What the model misses at the neighbours, it is taken to miss here in proportion. Without a model this is
         # interpolation of the times, straight in log time over log tokens.
         predictions = [self._predict(replace(self.problem, m=m), tactic, alpha) for m in near]

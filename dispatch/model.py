@@ -127,10 +127,11 @@ def describe(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> 
 
 
 def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
-    """Reads everything whatever alpha holds. One item is a tile and a range of experts, run by one CTA or a pair.
+    """One item is a tile and a range of experts, run by one CTA or a pair.
 
-    split_k 0 (stream-K) divides the experts of all tiles evenly, with one partial sum per CTA at most; its constants are
-    its own, since no published time is of it.
+    split_k 0 (stream-K) divides the experts of all tiles evenly, with about one partial sum per CTA. Without `skip`
+    everything is read and multiplied whatever alpha holds. No published time is of stream-K or `skip`: they are taken to
+    reach their tile's efficiency.
     """
     ctas = tactic.tile_m // 128
     rows = _round_up(-(-problem.m // tactic.tile_m), max(1, tactic.cluster_m // ctas))
@@ -139,14 +140,16 @@ def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: st
     cluster = tactic.cluster_m * tactic.cluster_n
     slots = max(1, sm_count // cluster * cluster // ctas)
     tile = f"{tactic.tile_m}x{tactic.tile_n}"
-    flops = 2.0 * rows * tactic.tile_m * columns * tactic.tile_n * problem.k
+    active = active_share(problem, alpha) if tactic.skip else 1.0
+    flops = 2.0 * rows * tactic.tile_m * columns * tactic.tile_n * problem.k * active
+    traffic = problem.bytes - problem.weight_bytes * (1 - active)
     if tactic.split_k == 0:
         partials = slots / items * problem.m * problem.n * 8  # float32, written and read
-        return Work("cute", f"{tile} stream-k", problem.bytes + partials, flops, 1.0)
+        return Work("cute", tile, traffic + partials, flops, 1.0)
     split = min(tactic.split_k, problem.experts)
     share = -(-problem.experts // split) / problem.experts  # the longest range of experts
     wave_factor = -(-items // slots) * slots * share * split / items
-    return Work("cute", tile, problem.bytes + _workspace(problem, split), flops, wave_factor)
+    return Work("cute", tile, traffic + _workspace(problem, split), flops, wave_factor)
 
 
 def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:

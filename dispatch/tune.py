@@ -6,42 +6,31 @@ saved after each problem, so that an interrupted run resumes where it stopped.
 """
 from __future__ import annotations
 
-import json
-import math
-import os
-import queue
-import signal
-import statistics
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 
 from backends import registry
 from backends.device import DeviceInfo
-from backends.interface import Fc2Backend, Operand
+from backends.interface import Operand
 from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch import environment, store
-from dispatch.choice import choose
-from dispatch.errors import ArgumentError, Fc2Error, UnavailableError
+from dispatch.candidates import Point, coarse_to_fine, next_m, plan
+from dispatch.errors import ArgumentError, UnavailableError
 from dispatch.execute import forget_plans, problem_of
-from dispatch.measured import Entry, Measured, table_problem, wanted_alpha
+from dispatch.isolation import WorkerDied, WorkerProcess, importable_backends
+from dispatch.measured import Entry, table_problem, wanted_alpha
 from dispatch.model import top_k_of
 from dispatch.timing import Timing
 
-#: Between two tuned token counts, using one's winner at the other may cost at most this; else one between is tuned.
-BUCKET_REGRET = 0.05
-#: Token counts closer than this ratio are not refined further.
-CLOSEST = 1.3
-#: Candidates predicted to take longer than this many times the best are not run.
-PRUNE = 1.6
+#: A candidate that took this many times as long as the best in its check, and `HOPELESS_SECONDS` more, is not raced.
+HOPELESS = 3.0
+HOPELESS_SECONDS = 3e-4
 #: Samples of a tactic, each over all input sets.
 ROUNDS = 16
 # Seconds a single compilation and run may take before the worker counts as hanging, and one step of a race.
@@ -52,77 +41,8 @@ SETUP_SECONDS = 120.0
 GRACE_SECONDS = 3.0
 
 
-class WorkerDied(Exception):
-    """The worker process ended, or did not answer in time; the message says which."""
-
-
 class InputsFailed(Exception):
     """The inputs of a problem could not be made; the message says why."""
-
-
-class WorkerProcess:
-    """The other end of `dispatch.worker`."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dispatch.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-        self._answers: queue.Queue[Optional[str]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put(None)
-
-    def ask(self, request: Mapping[str, Any], seconds: float) -> Iterator[dict]:
-        """The answers to a request, up to and including the final one. Raises WorkerDied.
-
-        Args:
-            seconds: to wait for each answer.
-        """
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it has died; what it answered before tells how
-        while True:
-            try:
-                line = self._answers.get(timeout=max(0.01, seconds))
-            except queue.Empty:
-                self.close()
-                raise WorkerDied(f"no answer within {seconds:.0f} s") from None
-            if line is None:
-                raise WorkerDied(self._death())
-            answer = json.loads(line)
-            yield answer
-            if "ok" in answer or "failed" in answer:
-                return
-
-    def _death(self) -> str:
-        code = self._process.wait()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-
-    def close(self) -> None:
-        """End the process and all it started."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process.stdin.close()
-
-
-@dataclass(frozen=True)
-class Point:
-    """One problem and form of alpha to tune."""
-
-    problem: Fc2Problem
-    alpha: str
 
 
 @dataclass
@@ -199,7 +119,7 @@ def autotune(
         backends: names to include; default those that "auto" may take.
         device: default the operands' device, else the current CUDA device, or the CPU where there is none.
         candidates: tactics to run per problem at most; each backend's default is always among them.
-        refine: tune further token counts where winners change and the wrong one would cost over `BUCKET_REGRET`.
+        refine: tune further token counts where winners change and the wrong one would cost over `candidates.BUCKET_REGRET`.
         again: measure anew what the store already holds.
         progress: show a progress bar on stderr.
 
@@ -326,7 +246,7 @@ class _Tuner:
         self._ready(point)
         share = min(self.deadline, time.monotonic() + 2 * self._seconds_left() / points_left)
         failures: dict[Tactic, str] = {}
-        passed: list[Tactic] = []
+        passed: dict[Tactic, float] = {}
         seen = self.times.get((replace(point.problem, m=1), point.alpha), {})
         winners = [min(times, key=lambda t: times[t]) for times in seen.values() if times]
         tactics = plan(point, self.info, store.measured_for(self.info), self.backends, self.limit, winners)
@@ -336,36 +256,40 @@ class _Tuner:
                 cut = {"cut": f"{index} of {len(tactics)}"}
                 break
             bar.set_postfix_str(f"m={point.problem.m} {point.alpha}, checking {index + 1}/{len(tactics)}")
-            reason = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
-            if reason and self._seconds_left() <= 0:  # the clock's fault, not the tactic's
+            answer = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
+            if "ok" in answer:
+                passed[tactic] = answer["seconds"]
+            elif self._seconds_left() <= 0:  # the clock's fault, not the tactic's
                 self.report.left.append(point)
                 return
-            if reason:
-                failures[tactic] = reason
             else:
-                passed.append(tactic)
-        samples, conditions = self._race(point, passed, failures, share)
-        entries = self._entries(point, samples, failures, {**conditions, **cut})
-        if not samples and self._seconds_left() <= 0:
+                failures[tactic] = answer["failed"]
+        limit = max(HOPELESS * min(passed.values()), min(passed.values()) + HOPELESS_SECONDS) if passed else 0.0
+        racing = [tactic for tactic, seconds in passed.items() if seconds <= limit]
+        samples, conditions = self._race(point, racing, failures, share)
+        if passed and not samples and self._seconds_left() <= 0:
             self.report.left.append(point)
             return
+        slow = {tactic: seconds for tactic, seconds in passed.items() if seconds > limit}
+        entries = self._entries(point, samples, slow, failures, {**conditions, **cut})
         self.report.entries += entries
         self.report.done.append(point)
         self._note(point, entries)
         self.report.unsaved = store.save(self.info.name, entries) or self.report.unsaved
         store.remember(self.info, entries)
 
-    def _attempt(self, point: Point, request: Mapping[str, Any], seconds: float) -> str:
-        """Why a request failed; "" if it did not. A dead worker is replaced by the next one."""
+    def _attempt(self, point: Point, request: Mapping[str, Any], seconds: float) -> dict:
+        """The final answer to a request; a worker that died is replaced at the next one."""
+        self._ready(point)
         try:
-            self._ready(point)
             answer = {}
             for answer in self.worker.ask(request, min(seconds, self._seconds_left() + GRACE_SECONDS)):
                 pass
-            return answer.get("failed", "")
         except WorkerDied as death:
+            answer = {"failed": str(death), "ended": True}
+        if answer.get("ended"):
             self._stop()
-            return str(death)
+        return answer
 
     def _ready(self, point: Point) -> None:
         """Make sure of a worker that is set up for the point. Raises InputsFailed if there can be none."""
@@ -378,66 +302,71 @@ class _Tuner:
             "problem": point.problem.to_json(),
             "alpha": point.alpha,
             "device": self.device,
-            "backends": _importable(),
+            "backends": importable_backends(),
         }
         answer = {}
         try:
             for answer in self.worker.ask(request, min(SETUP_SECONDS, self._seconds_left() + GRACE_SECONDS)):
                 pass
         except WorkerDied as death:
+            answer = {"failed": str(death), "ended": True}
+        if answer.get("ended"):
             self._stop()
-            raise InputsFailed(str(death)) from None
         if "failed" in answer:
             raise InputsFailed(answer["failed"])
         self.set_up = point
 
     def _race(
-        self, point: Point, passed: list[Tactic], failures: dict[Tactic, str], share: float
+        self, point: Point, racing: list[Tactic], failures: dict[Tactic, str], share: float
     ) -> tuple[dict[Tactic, list[float]], dict[str, Any]]:
         """Samples of the tactics that passed; one that kills the worker is failed and the rest race again."""
-        while passed:
+        while racing:
             samples: dict[Tactic, list[float]] = {}
             running, answer = 0, {}
             request = {
                 "do": "race",
-                "tactics": [t.to_json() for t in passed],
+                "tactics": [t.to_json() for t in racing],
                 "rounds": ROUNDS,
                 "seconds": max(1.0, min(share, self.deadline) - time.monotonic()),
             }
+            self._ready(point)
             try:
-                self._ready(point)
                 for answer in self.worker.ask(request, min(RACE_SECONDS, self._seconds_left() + GRACE_SECONDS)):
                     running = answer.get("running", running)
                     if "sample" in answer:
                         index, seconds = answer["sample"]
-                        samples.setdefault(passed[index], []).append(seconds)
-                reason = answer.get("failed", "")
+                        samples.setdefault(racing[index], []).append(seconds)
             except WorkerDied as death:
+                answer = {"failed": str(death), "ended": True}
+            if answer.get("ended"):
                 self._stop()
-                reason = str(death)
-            if not reason:
+            if "ok" in answer:
                 return samples, {"timer": answer["timer"], "l2": answer["l2"]}
             if self._seconds_left() <= 0:
                 break
-            failures[passed.pop(running)] = reason
+            failures[racing.pop(running)] = answer["failed"]
         return {}, {}
 
     def _entries(
         self,
         point: Point,
         samples: Mapping[Tactic, Sequence[float]],
+        slow: Mapping[Tactic, float],
         failures: Mapping[Tactic, str],
         conditions: Mapping[str, Any],
     ) -> list[Entry]:
         date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
         problem = table_problem(point.problem)
         entries = []
-        for tactic in (*samples, *failures):
+        for tactic in (*samples, *slow, *failures):
             notes = {**environment.conditions(registry.get(tactic.backend)), **conditions, "date": date}
             if tactic in failures:
                 entries.append(Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes))
                 continue
-            timing = Timing(tuple(samples[tactic]), conditions["timer"], conditions["l2"])
+            taken = samples.get(tactic) or [slow[tactic]]
+            if tactic in slow:
+                notes |= {"timer": "host", "l2": "any"}
+            timing = Timing(tuple(taken), notes["timer"], notes["l2"])
             notes["samples"] = len(timing.samples)
             entries.append(Entry(problem, point.alpha, tactic, timing.median, timing.spread, notes=notes))
         return entries
@@ -446,101 +375,3 @@ class _Tuner:
         if self.worker is not None:
             self.worker.close()
         self.worker, self.set_up = None, None
-
-
-def _importable() -> list[tuple[str, str, str]]:
-    """(module, class, name) of the backends that the worker has to register itself."""
-    found = []
-    for name in registry.names():
-        cls = type(registry.get(name))
-        if not cls.__module__.startswith("backends."):
-            if cls.__module__ == "__main__":
-                raise ArgumentError(
-                    f"backend {name!r} is defined in the main script, which the tuning process cannot import; move its "
-                    "class to a module"
-                )
-            found.append((cls.__module__, cls.__qualname__, name))
-    return found
-
-
-def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
-    """The points reordered so that, wherever the run stops, token counts are covered evenly: ends, middle, quarters."""
-    by_m = sorted({p.problem.m for p in points})
-    order: list[int] = []
-    ranges = [(0, len(by_m) - 1)]
-    for low, high in ranges:  # grows while it is read: breadth first
-        order += [i for i in (low, high) if i not in order]
-        if high - low > 1:
-            middle = (low + high) // 2
-            ranges += [(low, middle), (middle, high)]
-    rank = {by_m[i]: position for position, i in enumerate(order)}
-    return sorted(points, key=lambda p: rank[p.problem.m])
-
-
-def next_m(times: Mapping[int, Mapping[Tactic, float]]) -> Optional[int]:
-    """A token count to tune between two neighbours whose winners differ and cost too much at the other; None if none.
-
-    Args:
-        times: seconds by m and tactic.
-    """
-    tuned = sorted(m for m in times if times[m])
-    worst, found = BUCKET_REGRET, None
-    for low, high in zip(tuned, tuned[1:]):
-        middle = round(math.sqrt(low * high))
-        if high < CLOSEST * low or middle in times:
-            continue
-        here, there = (min(times[m], key=lambda t: times[m][t]) for m in (low, high))
-        regret = max(
-            times[low].get(there, math.inf) / times[low][here],
-            times[high].get(here, math.inf) / times[high][there],
-        ) - 1
-        if regret > worst:
-            worst, found = regret, middle
-    return found
-
-
-def plan(
-    point: Point,
-    device: DeviceInfo,
-    measured: Measured,
-    backends: Optional[Sequence[str]],
-    limit: int,
-    winners: Sequence[Tactic] = (),
-) -> list[Tactic]:
-    """The tactics to run at a point: each backend's incumbent and choice, earlier winners, the rest by expected time.
-
-    Args:
-        backends: names; default those that "auto" may take.
-        limit: tactics at most, beyond one for each backend.
-        winners: what won at other token counts of the same shape.
-    """
-    first: list[Tactic] = []
-    rest: list[tuple[float, Tactic]] = []
-    unknown: list[Tactic] = []
-    for name in backends or registry.names():
-        if not backends and not registry.get(name).is_automatic(device):
-            continue
-        try:
-            decision = choose(point.problem, device, measured, name, complete=True)
-        except Fc2Error as error:
-            if backends:
-                raise
-            continue
-        own = [c for c in decision.candidates if c.tactic is not None and not c.rejected]
-        first += [c.tactic for c in own if c.incumbent or c.tactic == decision.tactic]
-        rest += [(c.seconds, c.tactic) for c in own if c.estimate]
-        unknown += [c.tactic for c in own if not c.estimate]
-    if not first:
-        raise UnavailableError("no backend can run this problem; see `python -m dispatch explain`")
-    rest.sort(key=lambda pair: pair[0])
-    kept = [tactic for seconds, tactic in rest if seconds <= PRUNE * rest[0][0]]
-    allowed = {*first, *unknown, *(tactic for _, tactic in rest)}
-    wanted = dict.fromkeys([*first, *(tactic for tactic in winners if tactic in allowed)])
-    # Of tactics that nothing is known about, some from all over the list, which enumerates their fields in order: at
-    # least a third of the room, or none of them would ever become known.
-    unknown = [tactic for tactic in unknown if tactic not in wanted]
-    room = max(0, limit - len(wanted))
-    count = min(len(unknown), max(room - len(kept), -(-room // 3)))
-    sampled = [unknown[i * len(unknown) // count] for i in range(count)]
-    wanted = dict.fromkeys([*wanted, *[t for t in kept if t not in wanted][: room - count], *sampled])
-    return list(wanted)[: max(limit, len(dict.fromkeys(first)))]

@@ -3,10 +3,11 @@
 `python -m dispatch.worker` reads requests from stdin and answers on what was stdout, JSON objects one a line:
 
 - `{"do": "setup", "problem", "alpha", "device", "backends"}` makes inputs and the float64 reference;
-- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, and compares: with the reference and bitwise;
+- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, compares with the reference and bitwise, and answers
+  with the seconds that the second run took by the host's clock;
 - `{"do": "race", "tactics", "rounds", "seconds"}` times tactics in turn and answers with one `sample` after the other.
 
-Every request ends with `{"ok": ...}` or `{"failed": reason}`. Before a tactic runs in a race, `{"running": index}` says
+Every request ends with `{"ok": ...}` or `{"failed": reason}`, with `"ended": true` if the process ends with it. Before a tactic runs in a race, `{"running": index}` says
 so: whoever finds the process dead knows whom to blame.
 """
 from __future__ import annotations
@@ -79,26 +80,29 @@ class Bench:
             for i, s in enumerate(self.sets)
         ]
 
-    def failure(self, backend: Fc2Backend, tactic: Tactic) -> str:
-        """Run the tactic twice on the first set; "" if both results are right and equal, else what is wrong."""
+    def check(self, backend: Fc2Backend, tactic: Tactic) -> dict:
+        """Run the tactic twice on the first set: `ok` if both results are right and equal, else what is wrong."""
         support = backend.can_implement(self.problem, tactic)
         if not support:
-            return support.reason
+            return {"failed": support.reason}
         launch, out = self.launches(backend, tactic)[0], self.outs[0]
         first: Optional[torch.Tensor] = None
         for _ in range(2):
             out.fill_(float("nan"))
             if not backend.is_compiled(self.problem, tactic):
                 backend.compile(self.problem, tactic)
+            self.synchronize()
+            began = time.perf_counter()
             launch()
             self.synchronize()
+            seconds = time.perf_counter() - began
             over_bar = check.errors([out], [self.reference]).over_bar
             if not over_bar <= 1.0:
-                return f"wrong result: {over_bar:.3g} times the accuracy bar"
+                return {"failed": f"wrong result: {over_bar:.3g} times the accuracy bar"}
             if first is not None and not torch.equal(first, out):
-                return "two runs on the same inputs differ"
+                return {"failed": "two runs on the same inputs differ"}
             first = out.clone()
-        return ""
+        return {"ok": True, "seconds": seconds}
 
     def runner(self, backend: Fc2Backend, tactic: Tactic) -> Runner:
         """The tactic as deployed: in a CUDA graph, over all input sets; on a CPU by the host's clock."""
@@ -155,8 +159,7 @@ class Worker:
         yield {"ok": True, "sets": len(self._bench.sets)}
 
     def check(self, request: Mapping[str, Any]) -> Iterator[dict]:
-        reason = self._bench.failure(*_backend_and_tactic(request["tactic"]))
-        yield {"failed": reason} if reason else {"ok": True}
+        yield self._bench.check(*_backend_and_tactic(request["tactic"]))
 
     def race(self, request: Mapping[str, Any]) -> Iterator[dict]:
         deadline = time.monotonic() + request["seconds"]
@@ -201,8 +204,10 @@ def serve() -> None:
             torch.cuda.empty_cache()
             answers.write(json.dumps({"failed": "out of device memory"}) + "\n")
         except Exception as error:
-            answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}".strip()[:500]}) + "\n")
-            if not _usable():
+            ended = not _usable()
+            answer = {"failed": f"{type(error).__name__}: {error}".strip()[:500], "ended": ended}
+            answers.write(json.dumps(answer) + "\n")
+            if ended:
                 os._exit(1)
 
 

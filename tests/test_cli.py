@@ -11,6 +11,7 @@ import pytest
 
 from backends import DeviceInfo, Fc2Problem, Support
 from backends.cute.backend import CuteBackend
+from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
 from dispatch import environment, store
 from dispatch.__main__ import main
@@ -46,7 +47,7 @@ def test_the_environment(capsys, cache):
 def test_explain_for_a_gpu_that_is_not_here(capsys):
     status, out, _ = run(capsys, *"explain --m 128 --n 7168 --k 65536 --experts 256 --device B200".split())
     assert status == 0
-    assert "cute(tile_m=256,tile_n=128,tile_k=256,cluster_m=2,cluster_n=1,split_k=1,pdl=False) (rule, 70.2 us" in out
+    assert f"{CuteTactic(256, 128, 256, 2, 1)} (rule, 70.2 us predicted)" in out
     assert "53.9 us published (pr13833): 23% less, but the rule holds" in out
 
 

@@ -9,6 +9,7 @@ import pytest
 from backends import Fc2Problem
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
+from backends.triton.tactic import TritonTactic
 from dispatch import calibrate, store
 from dispatch.calibrate import fitted, geomean_regret, leave_one_out
 from dispatch.hardware import GPUS
@@ -75,9 +76,27 @@ def test_work_of_a_split_counts_the_workspace_and_the_longest_part():
     assert whole.wave_factor == pytest.approx(148 / 56)
 
 
-def test_stream_k_is_even_and_has_constants_of_its_own():
+def test_stream_k_is_even():
     work = describe(V3, CuteTactic(128, 128, split_k=0), 148, "dense")
-    assert (work.wave_factor, work.tile) == (1.0, "128x128 stream-k")
+    assert (work.wave_factor, work.tile) == (1.0, "128x128")
+    # 148 partial sums for 56 tiles, written and read in float32.
+    assert work.bytes - describe(V3, CuteTactic(128, 128), 148, "dense").bytes == pytest.approx(148 / 56 * 128 * 7168 * 8)
+
+
+def test_skipping_counts_the_selected_experts():
+    one = replace(V3, m=1)
+    skip, all_ = (describe(one, CuteTactic(128, 128, skip=skip), 148, "topk:8") for skip in (True, False))
+    assert skip.flops == pytest.approx(all_.flops * 8 / 256)
+    assert all_.bytes - skip.bytes == pytest.approx(one.weight_bytes * 248 / 256)
+    assert describe(one, CuteTactic(128, 128, skip=True), 148, "dense").bytes == all_.bytes
+
+
+def test_work_of_triton_forms():
+    tiled = describe(V3, TritonTactic(block_m=64, split=2), 132, "dense")
+    assert tiled.bytes == V3.bytes + V3.weight_bytes + 2 * 2 * 4 * 128 * 7168  # weights once per 64 tokens
+    assert tiled.flops == V3.flops and tiled.family == "triton/tiled"
+    routed = describe(replace(V3, m=8), TritonTactic(block_m=16), 132, "topk:8")
+    assert routed.bytes < 0.3 * V3.weight_bytes
 
 
 def test_an_unknown_backend_has_no_description():

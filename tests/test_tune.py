@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dispatch
-from backends import DeviceInfo, Fc2Problem, quantize_nvfp4, register, unregister
+from backends import DeviceInfo, Fc2Problem, quantize_nvfp4, register, registry, unregister
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
 from dispatch import ArgumentError, environment, store, tune
@@ -20,7 +20,8 @@ from dispatch.choice import choose
 from dispatch.hardware import GPUS
 from dispatch.measured import Measured
 from dispatch.model import Family, Model
-from dispatch.tune import Point, autotune, coarse_to_fine, next_m, plan
+from dispatch.candidates import PRUNE, Point, coarse_to_fine, next_m, plan
+from dispatch.tune import autotune
 from tests.stub_backends import HangingBackend, StubBackend, StubTactic
 
 CPU = DeviceInfo("cpu", "cpu")
@@ -183,15 +184,15 @@ def test_the_plan_starts_with_rule_and_default_and_is_pruned_by_the_model(b200):
     assert tactics[0] == CuteTactic(256, 128, 256, 2, 1)
     assert len(tactics) == 12 == len(set(tactics))
     estimates = [known.evidence(problem(256)).estimate(t) for t in tactics]
-    times = [e.seconds for e in estimates[2:] if e]
-    assert times == sorted(times) and max(times) <= tune.PRUNE * min(times)
+    times = [e.seconds for e in estimates if e][2:]
+    assert times == sorted(times) and max(times) <= PRUNE * min(times)
     assert sum(e is None for e in estimates) >= 3, "tiles that nothing is known about get their chance"
 
 
 def test_the_plan_without_a_model_samples_the_list_and_keeps_winners(b200):
     winner = CuteTactic(256, 256, 128, 2, 2, split_k=4)
     tactics = plan(Point(problem(64), "topk:8"), b200, Measured(), ["cute"], 10, [winner])
-    assert len(tactics) == 10 and winner in tactics and CuteTactic(128, 128, 256, 1, 2, split_k=2) in tactics
+    assert len(tactics) == 10 and tactics[:2] == [registry.get("cute").default_tactic(problem(64)), winner]
     assert len({(t.tile_m, t.tile_n) for t in tactics}) >= 4
 
 
@@ -244,7 +245,10 @@ def test_tuning_on_a_gpu_is_graph_timed_cold_and_repeatable():
     assert len(report.done) == 4 and not report.left, str(report)
     assert not [e for e in report.entries if e.seconds is None], str(report)
     for e in report.entries:
-        assert (e.notes["timer"], e.notes["l2"]) == ("graph", "cold") and 1e-6 < e.seconds < 1e-1
+        hopeless = e.notes["samples"] == 1  # not raced
+        assert (e.notes["timer"], e.notes["l2"]) == (("host", "any") if hopeless else ("graph", "cold"))
+        assert 1e-6 < e.seconds < 1e-1
+    assert any(e.notes["timer"] == "graph" for e in report.entries)
     decided = replace(problem, device_type="cuda", capability=info.capability)
     decision = choose(decided, info, store.measured_for(info))
     assert decision.source == "measured"
