@@ -82,7 +82,7 @@ def pack_activations(
     outputs = ()
     for w in gl.static_range(2):
         source = odd if w else even
-        low, high = gl.split(gl.permute(gl.reshape(source, [128, 2, 2]), (0, 2, 1)))  # blocks 0 and 1; 2 and 3
+        low, high = gl.split(gl.reshape(source, [128, 2, 2]))  # blocks 0 and 2; 1 and 3
         t0, t2 = gl.split(low)
         t1, t3 = gl.split(high)
         for p in gl.static_range(4):
@@ -112,11 +112,11 @@ def _field(words, pair: gl.constexpr, SIGN: gl.constexpr, MAGNITUDE: gl.constexp
     return ((code & 0x00080008) << (SIGN - 3)) | ((code & 0x00070007) << MAGNITUDE)
 
 
-@gluon.jit(do_not_specialize=["tokens", "columns", "tiles", "blocks"])
+@gluon.jit(do_not_specialize=["tokens", "columns", "tiles", "slots", "blocks"])
 def fc2_warpgroup(
-    packed, units, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, blocks,
+    packed, units, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, slots, blocks,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr,
-    TOKENS: gl.constexpr, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr,
+    TOKENS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, WEIGHT_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """An equal share of all (tile, chunk of 256 values of K) per program; a tile is 64 * CONSUMERS rows x TOKENS tokens.
@@ -124,7 +124,7 @@ def fc2_warpgroup(
     Args:
         packed, units: activations from `pack_activations`.
         alpha_t: float32 [EXPERTS, columns], zero past the last token.
-        parts: float32 [tiles, SLOTS, TOKENS, 64 * CONSUMERS] of part sums (2^-16 of them), one slot per program of a tile.
+        parts: float32 [tiles, slots, TOKENS, 64 * CONSUMERS] of part sums (2^-16 of them), one slot per program of a tile.
         tiles: row tiles times token tiles, token tiles of one row tile side by side.
         blocks: blocks of 32 rows that B has.
     """
@@ -161,13 +161,13 @@ def fc2_warpgroup(
     rings = (acts, alphas, words, scales, filled, drained, loaded, used)
     share = (first, last, gl.cdiv(tokens, TOKENS))
     sizes: gl.constexpr = (EXPERTS, INNER, TOKENS, SLICES, CONSUMERS, STAGES, WEIGHT_STAGES)
-    place = (parts, tiles, program, gl.num_programs(0))
+    place = (parts, tiles, slots, program, gl.num_programs(0))
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
-                (_consume, (rings, share, place, 0, SLOTS, sizes)),
-                (_consume, (rings, share, place, 1, SLOTS, sizes)),
+                (_consume, (rings, share, place, 0, sizes)),
+                (_consume, (rings, share, place, 1, sizes)),
             ],
             [4, 4], [REGISTERS, REGISTERS],
         )  # fmt: skip
@@ -176,10 +176,10 @@ def fc2_warpgroup(
         gl.warp_specialize(
             [
                 (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
-                (_consume, (rings, share, place, 0, SLOTS, sizes)),
-                (_consume, (rings, share, place, 1, SLOTS, sizes)),
-                (_consume, (rings, share, place, 2, SLOTS, sizes)),
-                (_consume, (rings, share, place, 3, SLOTS, sizes)),
+                (_consume, (rings, share, place, 0, sizes)),
+                (_consume, (rings, share, place, 1, sizes)),
+                (_consume, (rings, share, place, 2, sizes)),
+                (_consume, (rings, share, place, 3, sizes)),
             ],
             [4, 4, 4, 4], [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
         )  # fmt: skip
@@ -211,16 +211,16 @@ def _produce(rings, share, packed, units, w_data, w_scale, alpha_t, columns, blo
     codes_at = quarter[None, :] * columns + token[:, None]
     line = gl.arange(0, TOKENS, layout=LINE)
 
-    for ahead in gl.static_range(WEIGHT_STAGES - 1):
+    for ahead in gl.static_range(WEIGHT_STAGES - 2):
         _copy_weights(rings, first + ahead, last, ahead, token_tiles, w_data, w_scale, blocks, sizes)
     code, unit = _codes(packed, units, codes_at, eight, first, last, 0, token_tiles, columns, sizes)
     for at in range(first, last):
         step = at - first
-        # The stage that the chunk before this one used.
-        stage = (step + WEIGHT_STAGES - 1) % WEIGHT_STAGES
-        turn = (step + WEIGHT_STAGES - 1) // WEIGHT_STAGES
+        # The stage of two chunks before: waiting for the last one would keep activations from being decoded ahead.
+        stage = (step + WEIGHT_STAGES - 2) % WEIGHT_STAGES
+        turn = (step + WEIGHT_STAGES - 2) // WEIGHT_STAGES
         mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
-        _copy_weights(rings, at + WEIGHT_STAGES - 1, last, stage, token_tiles, w_data, w_scale, blocks, sizes)
+        _copy_weights(rings, at + WEIGHT_STAGES - 2, last, stage, token_tiles, w_data, w_scale, blocks, sizes)
         slot = step % STAGES
         phase = (step // STAGES + 1) & 1
         token0 = (at // CHUNKS % token_tiles) * TOKENS
@@ -284,11 +284,11 @@ def _copy_weights(rings, at, last, stage, token_tiles, w_data, w_scale, blocks, 
 
 
 @gluon.jit
-def _consume(rings, share, place, GROUP: gl.constexpr, SLOTS: gl.constexpr, sizes: gl.constexpr):
+def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Rows 64 * GROUP .. 64 * GROUP + 63 of the program's tiles."""
     acts, alphas, words, scales, filled, drained, loaded, used = rings
     first, last, token_tiles = share
-    parts, tiles, program, programs = place
+    parts, tiles, slots, program, programs = place
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
     TOKENS: gl.constexpr = sizes[2]
     SLICES: gl.constexpr = sizes[3]
@@ -335,7 +335,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, SLOTS: gl.constexpr, size
         if (at + 1) % CHUNKS == 0 or at + 1 == last:
             tile = at // CHUNKS
             owner = (((tile * CHUNKS + 1).to(gl.int64) * programs - 1) // (tiles * CHUNKS)).to(gl.int32)
-            where = (tile * SLOTS + program - owner).to(gl.int64) * (TOKENS * ROWS)
+            where = (tile * slots + program - owner).to(gl.int64) * (TOKENS * ROWS)
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)) + 64 * GROUP
             offsets = gl.arange(0, TOKENS, layout=COLUMN)[None, :] * ROWS + row[:, None]
             gl.store(parts + where + offsets, total)
