@@ -44,7 +44,8 @@ def copy_kernel(source: cute.Tensor, target: cute.Tensor, count: cutlass.Int32):
 def copy(source: cute.Pointer, target: cute.Pointer, count: cutlass.Int32):
     layout = cute.make_layout((count,))
     copy_kernel(cute.make_tensor(source, layout), cute.make_tensor(target, layout), count).launch(
-        grid=[1, 1, 1], block=[128, 1, 1])
+        grid=[1, 1, 1], block=[128, 1, 1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,13 @@ def test_pointers_need_their_buffers(compiled_copy) -> None:
 def test_one_element_too_far_is_found(compiled_copy) -> None:
     source, target = torch.randn(100), torch.zeros(100)
     with pytest.raises(Fault, match="400 bytes into buffer 'source' of 400 bytes"):
-        emulate(compiled_copy, _pointer(source), _pointer(target), cutlass.Int32(101), buffers={"source": source, "target": target})
+        emulate(
+            compiled_copy,
+            _pointer(source),
+            _pointer(target),
+            cutlass.Int32(101),
+            buffers={"source": source, "target": target},
+        )
 
 
 def test_settings_of_the_dsl_are_restored() -> None:
@@ -138,7 +145,12 @@ def test_running_a_file_that_expects_a_gpu(tmp_path: Path) -> None:
     """))
     root = Path(__file__).parents[1]
     for argument, code in (("1", 0), ("2", 1)):
-        done = subprocess.run([sys.executable, "-m", "tests.emulator", "--schedule", "lazy", str(script), argument], cwd=root,
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.emulator", "--schedule", "lazy", str(script), argument],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
     assert "Tensor-likes are not close" in done.stderr

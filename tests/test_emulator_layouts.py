@@ -21,8 +21,14 @@ class TestNumerics:
 
     def test_fp8_values_agree_with_torch(self) -> None:
         codes = torch.arange(256, dtype=torch.uint8)
-        for name, dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2), ("ue8m0", torch.float8_e8m0fnu)):
-            np.testing.assert_array_equal(numerics.decode_table(name), codes.view(dtype).float().numpy(), err_msg=name)
+        for name, dtype in (
+            ("e4m3", torch.float8_e4m3fn),
+            ("e5m2", torch.float8_e5m2),
+            ("ue8m0", torch.float8_e8m0fnu),
+        ):
+            np.testing.assert_array_equal(
+                numerics.decode_table(name), codes.view(dtype).float().numpy(), err_msg=name
+            )
 
     def test_fp6_extremes(self) -> None:
         assert numerics.decode_table("e2m3")[31] == 7.5 and numerics.decode_table("e3m2")[31] == 28.0
@@ -40,7 +46,9 @@ class TestNumerics:
     def test_half_rounding_agrees_with_torch(self) -> None:
         x = torch.randn(4096) * torch.logspace(-8, 6, 4096)
         for bits, dtype in ((numerics.bf16_bits, torch.bfloat16), (numerics.f16_bits, torch.float16)):
-            np.testing.assert_array_equal(bits(x.numpy()).astype(np.uint16), x.to(dtype).view(torch.uint16).numpy())
+            np.testing.assert_array_equal(
+                bits(x.numpy()).astype(np.uint16), x.to(dtype).view(torch.uint16).numpy()
+            )
 
     def test_truncation(self) -> None:
         assert numerics.bf16_bits(np.float32(1.999), "rz") == 0x3FFF
@@ -73,7 +81,10 @@ class TestSmemDescriptor:
 
     def test_advancing_k_adds_to_the_start_before_the_xor(self) -> None:
         base, second = (umma.k_major_chunks(descriptor(4096 + 32 * s, 16, 1024, 2), 8, 2) for s in (0, 1))
-        assert second[3].tolist() == [4096 + 384 + 16 * (u ^ 3) for u in (2, 3)] and base[3, 0] == 4096 + 384 + 48
+        assert (
+            second[3].tolist() == [4096 + 384 + 16 * (u ^ 3) for u in (2, 3)]
+            and base[3, 0] == 4096 + 384 + 48
+        )
 
     @pytest.mark.parametrize("swizzle,pitch,mask", [(6, 32, 1), (4, 64, 3)])
     def test_narrow_swizzles(self, swizzle: int, pitch: int, mask: int) -> None:
@@ -94,11 +105,28 @@ class TestInstructionDescriptor:
     def test_nvfp4(self) -> None:
         bits = 1 << 7 | 1 << 10 | (128 // 8) << 17 | (256 // 16) << 24 | 2 << 29 | 1 << 4
         got = umma.InstructionDescriptor.decode(bits, "mxf4nvf4")
-        assert (got.a, got.b, got.m, got.n, got.scale, got.sfa_id, got.sfb_id) == ("e2m1", "e2m1", 256, 128, "ue4m3", 2, 1)
+        assert (got.a, got.b, got.m, got.n, got.scale, got.sfa_id, got.sfb_id) == (
+            "e2m1",
+            "e2m1",
+            256,
+            128,
+            "ue4m3",
+            2,
+            1,
+        )
 
     def test_f16_with_transposed_and_negated_operands(self) -> None:
-        got = umma.InstructionDescriptor.decode(1 << 4 | 1 << 7 | 1 << 10 | 1 << 13 | 1 << 16 | 8 << 17 | 8 << 24, "f16")
-        assert (got.d, got.a, got.negate_a, got.negate_b, got.a_mn, got.b_mn) == ("f32", "bf16", True, False, False, True)
+        got = umma.InstructionDescriptor.decode(
+            1 << 4 | 1 << 7 | 1 << 10 | 1 << 13 | 1 << 16 | 8 << 17 | 8 << 24, "f16"
+        )
+        assert (got.d, got.a, got.negate_a, got.negate_b, got.a_mn, got.b_mn) == (
+            "f32",
+            "bf16",
+            True,
+            False,
+            False,
+            True,
+        )
 
     def test_unknown_format_is_a_fault(self) -> None:
         with pytest.raises(Fault, match="do not exist for kind::mxf4nvf4"):
@@ -106,14 +134,17 @@ class TestInstructionDescriptor:
 
 
 class TestAccumulator:
-    @pytest.mark.parametrize("m,group,ws,rows,points", [
-        (128, 1, False, 128, {(0, 0): (0, 0), (127, 5): (127, 5)}),
-        (256, 2, False, 128, {(100, 31): (100, 31)}),
-        (64, 1, False, 64, {(0, 0): (0, 0), (15, 1): (15, 1), (16, 0): (32, 0), (63, 7): (111, 7)}),
-        (128, 2, False, 64, {(0, 0): (0, 0), (63, 15): (63, 15), (0, 16): (64, 0), (63, 31): (127, 15)}),
-        (64, 1, True, 64, {(10, 16): (74, 0)}),
-        (32, 1, True, 32, {(3, 8): (35, 0), (3, 31): (99, 7)}),
-    ])
+    @pytest.mark.parametrize(
+        "m,group,ws,rows,points",
+        [
+            (128, 1, False, 128, {(0, 0): (0, 0), (127, 5): (127, 5)}),
+            (256, 2, False, 128, {(100, 31): (100, 31)}),
+            (64, 1, False, 64, {(0, 0): (0, 0), (15, 1): (15, 1), (16, 0): (32, 0), (63, 7): (111, 7)}),
+            (128, 2, False, 64, {(0, 0): (0, 0), (63, 15): (63, 15), (0, 16): (64, 0), (63, 31): (127, 15)}),
+            (64, 1, True, 64, {(10, 16): (74, 0)}),
+            (32, 1, True, 32, {(3, 8): (35, 0), (3, 31): (99, 7)}),
+        ],
+    )
     def test_lane_and_column(self, m: int, group: int, ws: bool, rows: int, points: dict) -> None:
         got_rows, layout = umma.accumulator_rows(m, group, ws)
         assert got_rows == rows
@@ -131,7 +162,9 @@ class TestScaleFactors:
 
     def test_row_and_byte(self) -> None:
         memory = self._memory()
-        memory.words[33 % 32, 10 + 1] = 0x48403830  # row 33: lane 1, second column; codes of 2, 1, 0.5... in e4m3
+        memory.words[33 % 32, 10 + 1] = (
+            0x48403830  # row 33: lane 1, second column; codes of 2, 1, 0.5... in e4m3
+        )
         got = umma.scale_factors(memory, 10, 0, 128, 4, "ue4m3", False)
         assert got[33].tolist() == [0.5, 1.0, 2.0, 4.0]
 
@@ -146,9 +179,16 @@ class TestScaleFactors:
         got = umma.scale_factors(memory, 7, 0, 64, 1, "ue4m3", True)
         assert got[35, 0] == 1.0 and got[3, 0] == 0.0
 
-    @pytest.mark.parametrize("shape,row,lanes", [
-        ("32x128b.warpx4", 5, (5, 37, 69, 101)), ("64x128b.warpx2::02_13", 40, (40, 104)),
-        ("64x128b.warpx2::01_23", 40, (72, 104)), ("128x256b", 77, (77,)), ("4x256b", 2, (64,))])
+    @pytest.mark.parametrize(
+        "shape,row,lanes",
+        [
+            ("32x128b.warpx4", 5, (5, 37, 69, 101)),
+            ("64x128b.warpx2::02_13", 40, (40, 104)),
+            ("64x128b.warpx2::01_23", 40, (72, 104)),
+            ("128x256b", 77, (77,)),
+            ("4x256b", 2, (64,)),
+        ],
+    )
     def test_copy_lanes(self, shape: str, row: int, lanes: tuple[int, ...]) -> None:
         assert umma.copy_lanes(shape)[2][row] == lanes
 
@@ -159,10 +199,19 @@ class TestScaleFactors:
 
 
 class TestRegisterMaps:
-    @pytest.mark.parametrize("shape,repeat,register,thread,where", [
-        ("32x32b", 4, 3, 17, (17, 3)), ("16x64b", 2, 1, 5, (9, 2)), ("16x128b", 2, 3, 9, (10, 5)),
-        ("16x256b", 2, 7, 6, (9, 13)), ("16x256b", 1, 1, 31, (7, 7))])
-    def test_lane_and_column(self, shape: str, repeat: int, register: int, thread: int, where: tuple[int, int]) -> None:
+    @pytest.mark.parametrize(
+        "shape,repeat,register,thread,where",
+        [
+            ("32x32b", 4, 3, 17, (17, 3)),
+            ("16x64b", 2, 1, 5, (9, 2)),
+            ("16x128b", 2, 3, 9, (10, 5)),
+            ("16x256b", 2, 7, 6, (9, 13)),
+            ("16x256b", 1, 1, 31, (7, 7)),
+        ],
+    )
+    def test_lane_and_column(
+        self, shape: str, repeat: int, register: int, thread: int, where: tuple[int, int]
+    ) -> None:
         lanes, columns = tmem.register_map(shape, repeat)
         assert (lanes[register, thread], columns[register, thread]) == where
 
@@ -170,14 +219,20 @@ class TestRegisterMaps:
     def test_every_cell_once(self, shape: str) -> None:
         lanes, columns = tmem.register_map(shape, 8)
         rows = 32 if shape == "32x32b" else 16
-        assert len(set(zip(lanes.ravel().tolist(), columns.ravel().tolist()))) == rows * tmem.columns_of(shape, 8)
+        assert len(set(zip(lanes.ravel().tolist(), columns.ravel().tolist()))) == rows * tmem.columns_of(
+            shape, 8
+        )
 
 
 class TestTensorMap:
     def test_round_trip(self) -> None:
         memory = aligned(1 << 16)
-        tm = tma.TensorMap.decode(tensor_map(FP4, memory, [512, 200, 3], [256, 256 * 200], [256, 128, 1], SWIZZLE_128)[:64])
-        assert tm == tma.TensorMap(memory.data_ptr(), 3, "b4x16", 4, 3, 0, False, (256, 51200), (512, 200, 3), (256, 128, 1))
+        tm = tma.TensorMap.decode(
+            tensor_map(FP4, memory, [512, 200, 3], [256, 256 * 200], [256, 128, 1], SWIZZLE_128)[:64]
+        )
+        assert tm == tma.TensorMap(
+            memory.data_ptr(), 3, "b4x16", 4, 3, 0, False, (256, 51200), (512, 200, 3), (256, 128, 1)
+        )
         assert tm.inner_bytes == 128 and tm.packed_bytes == 128 * 128
 
     def test_strides_beyond_32_bits(self) -> None:
@@ -187,13 +242,35 @@ class TestTensorMap:
 
     def test_observed_words_of_a_host_written_descriptor(self) -> None:
         """bf16 [1000, 96] row-major, box 64 x 128, 128-byte swizzle, 128-byte promotion."""
-        words = [0x7F0000001000, 2 | 1 << 4 | 10 << 7 | 3 << 13 | 2 << 17 | 1 << 21 | (192 // 16) << 32, 0, 0, 95 | 999 << 32, 0,
-                 63 << 56, 127]
+        words = [
+            0x7F0000001000,
+            2 | 1 << 4 | 10 << 7 | 3 << 13 | 2 << 17 | 1 << 21 | (192 // 16) << 32,
+            0,
+            0,
+            95 | 999 << 32,
+            0,
+            63 << 56,
+            127,
+        ]
         tm = tma.TensorMap.decode(b"".join(w.to_bytes(8, "little") for w in words))
-        assert (tm.type, tm.extents, tm.box, tm.strides, tm.swizzle) == ("bf16", (96, 1000), (64, 128), (192,), 3)
+        assert (tm.type, tm.extents, tm.box, tm.strides, tm.swizzle) == (
+            "bf16",
+            (96, 1000),
+            (64, 128),
+            (192,),
+            3,
+        )
 
-    @pytest.mark.parametrize("swizzle,atom,chunk,where", [
-        (0, 0, 9, 9), (1, 0, 8, 9), (2, 0, 8 + 16, 24 ^ 3), (3, 0, 8 * 5 + 2, 40 + (2 ^ 5)), (3, 1, 8 + 1, 8 + (1 ^ 2))])
+    @pytest.mark.parametrize(
+        "swizzle,atom,chunk,where",
+        [
+            (0, 0, 9, 9),
+            (1, 0, 8, 9),
+            (2, 0, 8 + 16, 24 ^ 3),
+            (3, 0, 8 * 5 + 2, 40 + (2 ^ 5)),
+            (3, 1, 8 + 1, 8 + (1 ^ 2)),
+        ],
+    )
     def test_swizzle_is_an_xor_on_the_address(self, swizzle: int, atom: int, chunk: int, where: int) -> None:
         assert tma.swizzled_chunks(0, 64, swizzle, atom)[chunk] == where
 
@@ -207,16 +284,27 @@ class TestTensorMap:
 class TestValues:
     """Uniform and per-lane forms of the arithmetic agree."""
 
-    @pytest.mark.parametrize("name,expected", [
-        ("mulhi_u32(a, b)", lambda a, b: a * b >> 32), ("divide(a, b, 32, False, False)", lambda a, b: a // b),
-        ("minmax(a, b, 32, True, True)", lambda a, b: max((a, b), key=lambda v: v - (v >> 31 << 32))),
-        ("shr(a, 7, 32, True)", lambda a, _b: (a - (a >> 31 << 32) >> 7) & 0xFFFFFFFF),
-        ("shl(a, b & 63, 32)", lambda a, b: (a << (b & 63)) & 0xFFFFFFFF if b & 63 < 32 else 0),
-        ("prmt(a, b, 0x7531)", lambda a, b: int.from_bytes(bytes((a.to_bytes(4, "little") + b.to_bytes(4, "little"))[i]
-                                                                 for i in (1, 3, 5, 7)), "little")),
-        ("lop3(a, b, 5, 0x96)", lambda a, b: a ^ b ^ 5), ("popc(a)", lambda a, _b: bin(a).count("1")),
-        ("bfe(a, 4, 9, 32, False)", lambda a, _b: a >> 4 & 511), ("clz32(a)", lambda a, _b: 32 - a.bit_length()),
-    ])
+    @pytest.mark.parametrize(
+        "name,expected",
+        [
+            ("mulhi_u32(a, b)", lambda a, b: a * b >> 32),
+            ("divide(a, b, 32, False, False)", lambda a, b: a // b),
+            ("minmax(a, b, 32, True, True)", lambda a, b: max((a, b), key=lambda v: v - (v >> 31 << 32))),
+            ("shr(a, 7, 32, True)", lambda a, _b: (a - (a >> 31 << 32) >> 7) & 0xFFFFFFFF),
+            ("shl(a, b & 63, 32)", lambda a, b: (a << (b & 63)) & 0xFFFFFFFF if b & 63 < 32 else 0),
+            (
+                "prmt(a, b, 0x7531)",
+                lambda a, b: int.from_bytes(
+                    bytes((a.to_bytes(4, "little") + b.to_bytes(4, "little"))[i] for i in (1, 3, 5, 7)),
+                    "little",
+                ),
+            ),
+            ("lop3(a, b, 5, 0x96)", lambda a, b: a ^ b ^ 5),
+            ("popc(a)", lambda a, _b: bin(a).count("1")),
+            ("bfe(a, 4, 9, 32, False)", lambda a, _b: a >> 4 & 511),
+            ("clz32(a)", lambda a, _b: 32 - a.bit_length()),
+        ],
+    )
     def test_arithmetic(self, name: str, expected: object) -> None:
         rng = np.random.default_rng(1)
         a, b = (rng.integers(1, 1 << 32, 32) for _ in range(2))
@@ -246,7 +334,11 @@ class TestParser:
     def test_parameters_are_laid_out_by_alignment(self) -> None:
         text = ".visible .entry k(.param .u32 a, .param .align 64 .b8 b[128], .param .u64 c) { ret; }"
         kernel = ptx.parse_module(text)["k"]
-        assert [(p.name, p.offset, p.size) for p in kernel.params] == [("a", 0, 4), ("b", 64, 128), ("c", 192, 8)]
+        assert [(p.name, p.offset, p.size) for p in kernel.params] == [
+            ("a", 0, 4),
+            ("b", 64, 128),
+            ("c", 192, 8),
+        ]
 
     def test_operands(self) -> None:
         text = """.visible .entry k() { .reg .b32 %r<4>; .reg .b64 %d; .reg .pred %p;

@@ -13,5 +13,16 @@ from .api import device_tensor, emulate, emulate_ptx
 from .interception import compile_target
 from .report import Deadlock, EmulatorError, Fault, LaunchReport, PtxError, Race, Report
 
-__all__ = ["Deadlock", "EmulatorError", "Fault", "LaunchReport", "PtxError", "Race", "Report", "compile_target",
-           "device_tensor", "emulate", "emulate_ptx"]
+__all__ = [
+    "Deadlock",
+    "EmulatorError",
+    "Fault",
+    "LaunchReport",
+    "PtxError",
+    "Race",
+    "Report",
+    "compile_target",
+    "device_tensor",
+    "emulate",
+    "emulate_ptx",
+]

@@ -26,8 +26,9 @@ def main() -> int:
     sys.path.insert(0, os.path.dirname(os.path.abspath(options.file)))
     start = time.perf_counter()
     try:
-        with gpu_stand_in(options.schedule, options.seed, options.num_sms, not options.no_checks,
-                          options.concurrent) as report:
+        with gpu_stand_in(
+            options.schedule, options.seed, options.num_sms, not options.no_checks, options.concurrent
+        ) as report:
             runpy.run_path(options.file, run_name="__main__")
     except EmulatorError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -35,8 +36,10 @@ def main() -> int:
     finally:
         sys.stdout.flush()
     print(report)
-    print(f"{len(report.launches)} launches, {report.instructions} warp instructions, "
-          f"{sum(x.seconds for x in report.launches):.2f} s emulated, {time.perf_counter() - start:.2f} s in all")
+    print(
+        f"{len(report.launches)} launches, {report.instructions} warp instructions, "
+        f"{sum(x.seconds for x in report.launches):.2f} s emulated, {time.perf_counter() - start:.2f} s in all"
+    )
     return 0
 
 

@@ -52,9 +52,16 @@ def _is_torch(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "data_ptr")
 
 
-def emulate(compiled: Any, *args: Any, buffers: Iterable[Any] | Mapping[str, Any] = (),
-            schedule: Literal["eager", "lazy", "random"] = "eager", seed: int = 0, num_sms: int = 148,
-            checks: bool = True, concurrent: int | None = None) -> Report:
+def emulate(
+    compiled: Any,
+    *args: Any,
+    buffers: Iterable[Any] | Mapping[str, Any] = (),
+    schedule: Literal["eager", "lazy", "random"] = "eager",
+    seed: int = 0,
+    num_sms: int = 148,
+    checks: bool = True,
+    concurrent: int | None = None,
+) -> Report:
     """Call `compiled(*args)` and execute every kernel it launches; results are written into the tensors' memory.
 
     compiled: what `cute.compile` returned inside `compile_target()`.
@@ -72,7 +79,9 @@ def emulate(compiled: Any, *args: Any, buffers: Iterable[Any] | Mapping[str, Any
     if schedule not in ("eager", "lazy", "random"):
         raise ValueError(f"schedule {schedule!r}: must be 'eager', 'lazy' or 'random'")
     memory = GlobalMemory()
-    named = dict(buffers) if isinstance(buffers, Mapping) else {f"buffer{i}": b for i, b in enumerate(buffers)}
+    named = (
+        dict(buffers) if isinstance(buffers, Mapping) else {f"buffer{i}": b for i, b in enumerate(buffers)}
+    )
     passed = []
     for i, arg in enumerate(args):
         if _is_torch(arg):
@@ -96,10 +105,22 @@ def emulate(compiled: Any, *args: Any, buffers: Iterable[Any] | Mapping[str, Any
     return report
 
 
-def emulate_ptx(ptx: str, kernel: str, args: Iterable[Any], *, grid: tuple[int, int, int] = (1, 1, 1),
-                block: tuple[int, int, int] = (32, 1, 1), cluster: tuple[int, int, int] = (1, 1, 1), smem: int = 0,
-                buffers: Mapping[str, Any] | None = None, schedule: str = "eager", seed: int = 0, num_sms: int = 148,
-                checks: bool = True, concurrent: int | None = None) -> LaunchReport:
+def emulate_ptx(
+    ptx: str,
+    kernel: str,
+    args: Iterable[Any],
+    *,
+    grid: tuple[int, int, int] = (1, 1, 1),
+    block: tuple[int, int, int] = (32, 1, 1),
+    cluster: tuple[int, int, int] = (1, 1, 1),
+    smem: int = 0,
+    buffers: Mapping[str, Any] | None = None,
+    schedule: str = "eager",
+    seed: int = 0,
+    num_sms: int = 148,
+    checks: bool = True,
+    concurrent: int | None = None,
+) -> LaunchReport:
     """Run one kernel of a PTX text. A torch tensor argument passes its address, an int itself, bytes go by value."""
     memory = GlobalMemory()
     prog = program(ptx, kernel)
@@ -109,35 +130,73 @@ def emulate_ptx(ptx: str, kernel: str, args: Iterable[Any], *, grid: tuple[int, 
             address, size = _extent(value)
             memory.register(f"arg{i}", address, size, value)
             value = address
-        data = value if isinstance(value, bytes) else (value % (1 << 8 * param.size)).to_bytes(param.size, "little")
-        params[param.offset:param.offset + param.size] = data
+        data = (
+            value
+            if isinstance(value, bytes)
+            else (value % (1 << 8 * param.size)).to_bytes(param.size, "little")
+        )
+        params[param.offset : param.offset + param.size] = data
     for name, tensor in (buffers or {}).items():
         memory.register(name, *_extent(tensor), tensor)
     launch = Launch(kernel, grid, block, cluster, smem, 0)
     return _run(prog, bytes(params), launch, memory, schedule, seed, num_sms, checks, concurrent)
 
 
-def run_launch(ptx: str, launch: Launch, memory: GlobalMemory, schedule: str, seed: int, num_sms: int, checks: bool,
-               concurrent: int | None) -> LaunchReport:
+def run_launch(
+    ptx: str,
+    launch: Launch,
+    memory: GlobalMemory,
+    schedule: str,
+    seed: int,
+    num_sms: int,
+    checks: bool,
+    concurrent: int | None,
+) -> LaunchReport:
     """Run an intercepted launch; its parameters are read from the addresses the host passed."""
     prog = program(ptx, launch.kernel)
     params = bytearray(prog.kernel.param_bytes)
     for i, param in enumerate(prog.kernel.params):
         address = ctypes.c_void_p.from_address(launch.params + 8 * i).value
-        params[param.offset:param.offset + param.size] = ctypes.string_at(address, param.size)
+        params[param.offset : param.offset + param.size] = ctypes.string_at(address, param.size)
     return _run(prog, bytes(params), launch, memory, schedule, seed, num_sms, checks, concurrent)
 
 
-def _run(prog: Program, params: bytes, launch: Launch, memory: GlobalMemory, schedule: str, seed: int, num_sms: int,
-         checks: bool, concurrent: int | None) -> LaunchReport:
+def _run(
+    prog: Program,
+    params: bytes,
+    launch: Launch,
+    memory: GlobalMemory,
+    schedule: str,
+    seed: int,
+    num_sms: int,
+    checks: bool,
+    concurrent: int | None,
+) -> LaunchReport:
     start = time.perf_counter()
-    machine = Machine(launch, prog, params, memory, schedule=schedule, seed=seed, num_sms=num_sms, checks=checks,
-                      concurrent=concurrent)
+    machine = Machine(
+        launch,
+        prog,
+        params,
+        memory,
+        schedule=schedule,
+        seed=seed,
+        num_sms=num_sms,
+        checks=checks,
+        concurrent=concurrent,
+    )
     for buffer in memory.buffers:
         buffer.loads = buffer.stores = 0
     machine.run()
     return LaunchReport(
-        launch.kernel, launch.grid, launch.block, launch.cluster, launch.dynamic_smem, dict(machine.counters),
-        dict(machine.high_water), dict(sorted(machine.warp_instructions.items())),
-        {b.name: b.loads for b in memory.buffers if b.loads}, {b.name: b.stores for b in memory.buffers if b.stores},
-        time.perf_counter() - start)
+        launch.kernel,
+        launch.grid,
+        launch.block,
+        launch.cluster,
+        launch.dynamic_smem,
+        dict(machine.counters),
+        dict(machine.high_water),
+        dict(sorted(machine.warp_instructions.items())),
+        {b.name: b.loads for b in memory.buffers if b.loads},
+        {b.name: b.stores for b in memory.buffers if b.stores},
+        time.perf_counter() - start,
+    )

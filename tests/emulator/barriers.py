@@ -11,8 +11,22 @@ from .report import Fault
 
 
 class Mbarrier:
-    __slots__ = ("offset", "rank", "count", "pending", "tx", "phase", "waiters", "owner", "clock", "done_clock", "agent",
-                 "in_flight", "arrivals", "init_epoch")
+    __slots__ = (
+        "offset",
+        "rank",
+        "count",
+        "pending",
+        "tx",
+        "phase",
+        "waiters",
+        "owner",
+        "clock",
+        "done_clock",
+        "agent",
+        "in_flight",
+        "arrivals",
+        "init_epoch",
+    )
 
     def __init__(self, owner, rank: int, offset: int, count: int) -> None:
         self.owner, self.rank, self.offset = owner, rank, offset
@@ -28,8 +42,10 @@ class Mbarrier:
         return f"mbarrier at shared offset {self.offset:#x} of CTA {self.rank}"
 
     def state(self) -> str:
-        return (f"phase {self.phase} (parity {self.phase & 1}) not complete: {self.pending} of {self.count} arrivals "
-                f"and {self.tx} transaction bytes outstanding")
+        return (
+            f"phase {self.phase} (parity {self.phase & 1}) not complete: {self.pending} of {self.count} arrivals "
+            f"and {self.tx} transaction bytes outstanding"
+        )
 
     def expect(self, amount: int) -> None:
         self.tx += amount
@@ -38,7 +54,9 @@ class Mbarrier:
 
     def arrive(self, count: int = 1) -> None:
         if count > self.pending:
-            raise Fault(f"{self}: {count} arrivals but only {self.pending} of {self.count} are pending in phase {self.phase}")
+            raise Fault(
+                f"{self}: {count} arrivals but only {self.pending} of {self.count} are pending in phase {self.phase}"
+            )
         self.pending -= count
         self.arrivals += count
         self.settle()
@@ -77,17 +95,23 @@ class NamedBarrier:
         if self.arrived == 0:
             self.everyone, self.expected = threads == 0, threads
         elif threads != self.expected:
-            raise Fault(f"named barrier {self.number}: {threads or 'all'} threads expected here but "
-                        f"{self.expected or 'all'} by an earlier arrival")
+            raise Fault(
+                f"named barrier {self.number}: {threads or 'all'} threads expected here but "
+                f"{self.expected or 'all'} by an earlier arrival"
+            )
         if threads % 32:
-            raise Fault(f"named barrier {self.number}: thread count {threads} is not a multiple of the warp size")
+            raise Fault(
+                f"named barrier {self.number}: thread count {threads} is not a multiple of the warp size"
+            )
         self.arrived += 32 if threads else lanes
         if value is not None:
             self.values += value
         if w.check:
             w.check.barrier_arrive(w, self)
         if not self.everyone and self.arrived > self.expected:
-            raise Fault(f"named barrier {self.number}: {self.arrived} threads arrived, {self.expected} expected")
+            raise Fault(
+                f"named barrier {self.number}: {self.arrived} threads arrived, {self.expected} expected"
+            )
         self.settle()
 
     def settle(self) -> None:

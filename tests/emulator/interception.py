@@ -98,7 +98,9 @@ class _HostApi:
             "_cudaMemcpyAsync": (self._memcpy, [_ptr, _ptr, _i64, _i32, _ptr]),
             "_cudaMemcpy": (self._memcpy, [_ptr, _ptr, _i64, _i32]),
             "_cuTensorMapEncodeTiled": (
-                self._encode_tiled, [_ptr, _i32, _i32, _ptr, _ptr, _ptr, _ptr, _ptr, _i32, _i32, _i32, _i32]),
+                self._encode_tiled,
+                [_ptr, _i32, _i32, _ptr, _ptr, _ptr, _ptr, _ptr, _i32, _i32, _i32, _i32],
+            ),
         }
         for name, (method, argtypes) in table.items():
             callback = ctypes.CFUNCTYPE(_i32, *argtypes)(_guarded(method))
@@ -128,7 +130,9 @@ class _HostApi:
 
     def _device_attribute(self, value: int, attribute: int, _device: int) -> int:
         known = {
-            _ATTR_CC_MAJOR: 10, _ATTR_CC_MINOR: 0, _ATTR_SMEM_OPTIN: SMEM_OPTIN_BYTES,
+            _ATTR_CC_MAJOR: 10,
+            _ATTR_CC_MINOR: 0,
+            _ATTR_SMEM_OPTIN: SMEM_OPTIN_BYTES,
             _ATTR_SM_COUNT: _session[-1].num_sms if _session else 148,
         }
         if attribute not in known:
@@ -148,21 +152,52 @@ class _HostApi:
         ctypes.memmove(destination, source, count)
         return 0
 
-    def _encode_tiled(self, out: int, dtype: int, rank: int, base: int, dims: int, strides: int, box: int,
-                      element_strides: int, _interleave: int, swizzle: int, _promotion: int, fill: int) -> int:
+    def _encode_tiled(
+        self,
+        out: int,
+        dtype: int,
+        rank: int,
+        base: int,
+        dims: int,
+        strides: int,
+        box: int,
+        element_strides: int,
+        _interleave: int,
+        swizzle: int,
+        _promotion: int,
+        fill: int,
+    ) -> int:
         from .tma import encode_driver_descriptor
 
         def words(address: int, ctype: type, count: int) -> list[int]:
             return list((ctype * count).from_address(address)) if count else []
 
         data = encode_driver_descriptor(
-            dtype, base or 0, words(dims, ctypes.c_uint64, rank), words(strides, ctypes.c_uint64, rank - 1),
-            words(box, ctypes.c_uint32, rank), words(element_strides, ctypes.c_uint32, rank), swizzle, fill)
+            dtype,
+            base or 0,
+            words(dims, ctypes.c_uint64, rank),
+            words(strides, ctypes.c_uint64, rank - 1),
+            words(box, ctypes.c_uint32, rank),
+            words(element_strides, ctypes.c_uint32, rank),
+            swizzle,
+            fill,
+        )
         ctypes.memmove(out, data, len(data))
         return 0
 
-    def _launch(self, kernel: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, _stream: int,
-                smem: int, params: int) -> int:
+    def _launch(
+        self,
+        kernel: int,
+        gx: int,
+        gy: int,
+        gz: int,
+        bx: int,
+        by: int,
+        bz: int,
+        _stream: int,
+        smem: int,
+        params: int,
+    ) -> int:
         return self._run(Launch(_c_string(kernel), (gx, gy, gz), (bx, by, bz), (1, 1, 1), smem, params or 0))
 
     def _launch_ex(self, config_address: int, kernel: int, params: int) -> int:
@@ -172,8 +207,16 @@ class _HostApi:
             attribute = _LaunchAttribute.from_address(config.attrs + i * ctypes.sizeof(_LaunchAttribute))
             if attribute.id == _LAUNCH_ATTR_CLUSTER:
                 cluster = tuple(attribute.value[:3])
-        return self._run(Launch(_c_string(kernel), tuple(config.grid), tuple(config.block), cluster,
-                                config.dynamic_smem, params or 0))
+        return self._run(
+            Launch(
+                _c_string(kernel),
+                tuple(config.grid),
+                tuple(config.block),
+                cluster,
+                config.dynamic_smem,
+                params or 0,
+            )
+        )
 
     def _run(self, launch: Launch) -> int:
         if not _session:
@@ -195,7 +238,9 @@ def _guarded(method: Callable[..., int]) -> Callable[..., int]:
     def call(*args: object) -> int:
         try:
             return method(*args)
-        except BaseException as error:  # noqa: BLE001 - re-raised by `host_session` once native code has returned
+        except (
+            BaseException
+        ) as error:  # noqa: BLE001 - re-raised by `host_session` once native code has returned
             if _session:
                 _session[-1].error = _session[-1].error or error
             return 999
@@ -233,8 +278,10 @@ def compile_target(arch: str = "sm_100a") -> Iterator[None]:
     env = CuTeDSL._get_dsl().envar
     engine_class = execution_engine.ExecutionEngine
     make_engine, make_function = engine_class.__init__, JitCompiledFunction.__init__
-    saved = {name: getattr(env, name) for name in ("_arch", "keep_ptx", "dump_dir", "no_cache",
-                                                  "disable_file_caching")}
+    saved = {
+        name: getattr(env, name)
+        for name in ("_arch", "keep_ptx", "dump_dir", "no_cache", "disable_file_caching")
+    }
     dump_dir = tempfile.mkdtemp(prefix="emulator_ptx_")
 
     def engine_init(self: object, *args: object, **kwargs: object) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from . import numerics as N
-from .ptx import Imm, Instr, Vec
+from .ptx import Instr
 from .report import PtxError
-from .translate import modifiers, op, runtime
-from .values import _f32_like, f2i, i2f, lanes  # noqa: F401
+from .opcodes import modifiers, op, runtime
+from .values import f2i, i2f
 
 _ROUND = {"rn", "rz", "rm", "rp"}
 _TYPES = {"f32", "f64", "f16", "f16x2", "bf16", "bf16x2", "f32x2"}
@@ -41,8 +41,17 @@ def widen(kind, x):
     return out if out.ndim else np.float32(out)
 
 
-_EXACT = {"add": "a + b", "sub": "a - b", "mul": "a * b", "fma": "np.float64(1) * a * b + c", "neg": "-a", "abs": "abs(a)",
-          "min": "np.fmin(a, b)", "max": "np.fmax(a, b)", "div": "a / b"}
+_EXACT = {
+    "add": "a + b",
+    "sub": "a - b",
+    "mul": "a * b",
+    "fma": "np.float64(1) * a * b + c",
+    "neg": "-a",
+    "abs": "abs(a)",
+    "min": "np.fmin(a, b)",
+    "max": "np.fmax(a, b)",
+    "div": "a / b",
+}
 
 
 def _check_rounding(instr: Instr, mods: set[str]) -> None:
@@ -53,8 +62,16 @@ def _check_rounding(instr: Instr, mods: set[str]) -> None:
 
 def arithmetic(e, instr: Instr) -> None:
     name, kind = instr.parts[0], instr.parts[-1]
-    extra = {"fma": {"relu", "sat"}, "mad": {"sat"}, "add": {"sat"}, "sub": {"sat"}, "mul": {"sat"},
-             "min": {"NaN", "xorsign", "abs"}, "max": {"NaN", "xorsign", "abs"}, "div": {"approx", "full"}}.get(name, set())
+    extra = {
+        "fma": {"relu", "sat"},
+        "mad": {"sat"},
+        "add": {"sat"},
+        "sub": {"sat"},
+        "mul": {"sat"},
+        "min": {"NaN", "xorsign", "abs"},
+        "max": {"NaN", "xorsign", "abs"},
+        "div": {"approx", "full"},
+    }.get(name, set())
     mods = modifiers(instr, 1, _ROUND | {"ftz"} | extra | _TYPES)
     if len(mods & _TYPES) > 1:
         return _mixed(e, instr, mods)
@@ -70,9 +87,13 @@ def arithmetic(e, instr: Instr) -> None:
         body = _EXACT[name]
         if "relu" in mods:
             body = f"np.maximum({body}, 0)"
-        names = "abc"[:len(args)]
+        names = "abc"[: len(args)]
         function = f"lambda {', '.join(names)}: {body}"
-        e.write(d, f"half_op({function}, {kind.removesuffix('x2')!r}, {kind.endswith('x2')}, {', '.join(args)})", "i")
+        e.write(
+            d,
+            f"half_op({function}, {kind.removesuffix('x2')!r}, {kind.endswith('x2')}, {', '.join(args)})",
+            "i",
+        )
         return
     cls = {"f32": "f", "f64": "d", "f32x2": "v"}[kind]
     args = [e.read(s, cls, 32) for s in sources]
@@ -101,8 +122,13 @@ def arithmetic(e, instr: Instr) -> None:
 def directed(name, rounding, *args):
     """An f32 operation with .rz/.rm/.rp: the f64 result (exact, or within its own rounding) moved to the wanted side."""
     a = [np.asarray(x, np.float64) for x in args]
-    exact = {"add": lambda: a[0] + a[1], "sub": lambda: a[0] - a[1], "mul": lambda: a[0] * a[1],
-             "fma": lambda: a[0] * a[1] + a[2], "div": lambda: a[0] / a[1]}[name]()
+    exact = {
+        "add": lambda: a[0] + a[1],
+        "sub": lambda: a[0] - a[1],
+        "mul": lambda: a[0] * a[1],
+        "fma": lambda: a[0] * a[1] + a[2],
+        "div": lambda: a[0] / a[1],
+    }[name]()
     return round_directed(exact, rounding)
 
 
@@ -128,10 +154,19 @@ def _mixed(e, instr: Instr, mods: set[str]) -> None:
         raise PtxError(f"line {instr.line}: unsupported type combination: {instr.text}")
     d, *sources = instr.operands
     narrow_count = 2 if name == "fma" else 1
-    args = [f"widen({narrow!r}, {e.read(s, 'i', 16)})" if i < narrow_count else e.read(s, "f")
-            for i, s in enumerate(sources)]
-    e.write(d, f"fma32({', '.join(args)})" if name == "fma"
-            else f"{args[0]} {'+' if name == 'add' else '-'} {args[1]}", "f")
+    args = [
+        f"widen({narrow!r}, {e.read(s, 'i', 16)})" if i < narrow_count else e.read(s, "f")
+        for i, s in enumerate(sources)
+    ]
+    e.write(
+        d,
+        (
+            f"fma32({', '.join(args)})"
+            if name == "fma"
+            else f"{args[0]} {'+' if name == 'add' else '-'} {args[1]}"
+        ),
+        "f",
+    )
 
 
 @op("fma")
@@ -150,8 +185,12 @@ def unary_function(e, instr: Instr) -> None:
     elif kind == "f64":
         e.write(d, f"funary64({name!r}, {e.read(a, 'd')})", "d")
     else:
-        e.write(d, f"half_op(lambda a: funary({name!r}, a), {kind.removesuffix('x2')!r}, {kind.endswith('x2')}, "
-                   f"{e.read(a, 'i')})", "i")
+        e.write(
+            d,
+            f"half_op(lambda a: funary({name!r}, a), {kind.removesuffix('x2')!r}, {kind.endswith('x2')}, "
+            f"{e.read(a, 'i')})",
+            "i",
+        )
 
 
 @op("copysign")
@@ -166,8 +205,12 @@ def testp(e, instr: Instr) -> None:
     mods = modifiers(instr, 1, {"f32", "finite", "infinite", "number", "notanumber"})
     d, a = instr.operands
     kind = next(m for m in mods if m != "f32")
-    body = {"finite": "np.isfinite({})", "infinite": "np.isinf({})", "number": "~np.isnan({})",
-            "notanumber": "np.isnan({})"}[kind].format(e.read(a, "f"))
+    body = {
+        "finite": "np.isfinite({})",
+        "infinite": "np.isinf({})",
+        "number": "~np.isnan({})",
+        "notanumber": "np.isnan({})",
+    }[kind].format(e.read(a, "f"))
     e.write(d, f"as_pred({body})", "p")
 
 
@@ -177,8 +220,24 @@ _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="
 def comparison(e, instr: Instr, compare: str, a, b) -> str:
     """Ordered comparisons are false for NaN, `...u` ones true; num/nan test for it."""
     kind = instr.parts[-1]
-    modifiers(instr, 1, {*_COMPARE, *(c + "u" for c in _COMPARE), "num", "nan", "ftz", "and", "or", "xor", "f32", "f64",
-                         "f16", "bf16"})
+    modifiers(
+        instr,
+        1,
+        {
+            *_COMPARE,
+            *(c + "u" for c in _COMPARE),
+            "num",
+            "nan",
+            "ftz",
+            "and",
+            "or",
+            "xor",
+            "f32",
+            "f64",
+            "f16",
+            "bf16",
+        },
+    )
     if kind in _HALF:
         x, y = (f"widen({kind!r}, {e.read(s, 'i', 16)})" for s in (a, b))
     else:
@@ -199,7 +258,13 @@ def comparison(e, instr: Instr, compare: str, a, b) -> str:
 @runtime
 def pack_half(kind, rounding, relu, high, low):
     """cvt.{f16x2,bf16x2}.f32 d, a, b: a in the upper half."""
-    if kind == "bf16" and rounding == "rn" and not relu and isinstance(high, np.ndarray) and isinstance(low, np.ndarray):
+    if (
+        kind == "bf16"
+        and rounding == "rn"
+        and not relu
+        and isinstance(high, np.ndarray)
+        and isinstance(low, np.ndarray)
+    ):
         return N.pack_bf16(high, low)
     function = getattr(N, _HALF[kind][1])
     if relu:
@@ -261,13 +326,22 @@ def convert(e, instr: Instr) -> None:
     relu = "relu" in mods
     result = None
     if target in ("f16x2", "bf16x2") and source == "f32" and len(sources) == 2:
-        result = f"pack_half({target[:-2]!r}, {rounding!r}, {relu}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})", "i"
+        result = (
+            f"pack_half({target[:-2]!r}, {rounding!r}, {relu}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})",
+            "i",
+        )
     elif target in _NARROW and source == "f32":
-        result = f"pack_narrow({_NARROW[target]!r}, {relu}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})", "i"
+        result = (
+            f"pack_narrow({_NARROW[target]!r}, {relu}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})",
+            "i",
+        )
     elif target == "ue8m0x2" and source == "f32":
         result = f"pack_ue8m0({rounding!r}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})", "i"
     elif target in ("f16x2", "bf16x2") and source in _NARROW:
-        result = f"unpack_narrow({_NARROW[source]!r}, {target[:-2]!r}, {relu}, {e.read(sources[0], 'i')})", "i"
+        result = (
+            f"unpack_narrow({_NARROW[source]!r}, {target[:-2]!r}, {relu}, {e.read(sources[0], 'i')})",
+            "i",
+        )
     elif target == "bf16x2" and source == "ue8m0x2":
         result = f"unpack_narrow('ue8m0', 'bf16', False, {e.read(sources[0], 'i')})", "i"
     elif target in _HALF and source == "f32":
@@ -288,8 +362,11 @@ def convert(e, instr: Instr) -> None:
         result = f"round_tf32({e.read(sources[0], 'f')})", "f"
     elif target in _INTS and source in ("f32", "f64", "f16", "bf16"):
         bits = int(target[1:])
-        x = (f"widen({source!r}, {e.read(sources[0], 'i', 16)})" if source in _HALF
-             else e.read(sources[0], "f" if source == "f32" else "d"))
+        x = (
+            f"widen({source!r}, {e.read(sources[0], 'i', 16)})"
+            if source in _HALF
+            else e.read(sources[0], "f" if source == "f32" else "d")
+        )
         how = (mods & integer_rounding).pop()
         result = f"float_to_int({x}, {bits}, {target[0] == 's'}, {how!r})", "q" if bits == 64 else "i"
     elif source in _INTS and target in ("f32", "f64", "f16", "bf16"):
@@ -298,9 +375,16 @@ def convert(e, instr: Instr) -> None:
         if rounding != "rn":
             raise PtxError(f"line {instr.line}: rounding .{rounding} is not modelled: {instr.text}")
         x = f"int_to_float({x}{' & ' + str((1 << bits) - 1) if bits < 32 else ''}, {bits}, {source[0] == 's'}, {target == 'f64'})"
-        result = (f"to_half({target!r}, 'rn', False, {x})", "i") if target in _HALF else (x, "d" if target == "f64" else "f")
+        result = (
+            (f"to_half({target!r}, 'rn', False, {x})", "i")
+            if target in _HALF
+            else (x, "d" if target == "f64" else "f")
+        )
     elif target in _HALF and source in _HALF:
-        result = f"to_half({target!r}, {rounding!r}, {relu}, widen({source!r}, {e.read(sources[0], 'i', 16)}))", "i"
+        result = (
+            f"to_half({target!r}, {rounding!r}, {relu}, widen({source!r}, {e.read(sources[0], 'i', 16)}))",
+            "i",
+        )
     if result is None:
         raise PtxError(f"line {instr.line}: unsupported conversion: {instr.text}")
     e.write(d, *result)

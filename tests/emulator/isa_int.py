@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from .ptx import SINK, Imm, Instr, Pair, Reg, Special, Symbol, Vec
 from .report import PtxError
-from .translate import modifiers, op
+from .opcodes import modifiers, op
 
-_BITS = {"s8": 8, "u8": 8, "b8": 8, "s16": 16, "u16": 16, "b16": 16, "s32": 32, "u32": 32, "b32": 32, "s64": 64,
-         "u64": 64, "b64": 64}
+_BITS = {
+    "s8": 8,
+    "u8": 8,
+    "b8": 8,
+    "s16": 16,
+    "u16": 16,
+    "b16": 16,
+    "s32": 32,
+    "u32": 32,
+    "b32": 32,
+    "s64": 64,
+    "u64": 64,
+    "b64": 64,
+}
 
 
 def _int_type(instr: Instr) -> tuple[int, bool, str, str]:
@@ -149,7 +161,11 @@ def shift(e, instr: Instr) -> None:
         if left:
             expr = f"({x} << {n.value}) & {mask}"
         elif signed:
-            expr = f"shr({x}, {n.value}, 64, True)" if bits == 64 else f"(sext({x}, {bits}) >> {n.value}) & {mask}"
+            expr = (
+                f"shr({x}, {n.value}, 64, True)"
+                if bits == 64
+                else f"(sext({x}, {bits}) >> {n.value}) & {mask}"
+            )
         else:
             expr = f"{x} >> {n.value}"
     else:
@@ -162,11 +178,25 @@ def shift(e, instr: Instr) -> None:
 def shf(e, instr: Instr) -> None:
     mods = modifiers(instr, 1, {"l", "r", "wrap", "clamp", "b32"})
     d, a, b, c = instr.operands
-    e.write(d, f"funnel({e.read(a, 'i')}, {e.read(b, 'i')}, {e.read(c, 'i')}, {'l' in mods}, {'wrap' in mods})", "i")
+    e.write(
+        d,
+        f"funnel({e.read(a, 'i')}, {e.read(b, 'i')}, {e.read(c, 'i')}, {'l' in mods}, {'wrap' in mods})",
+        "i",
+    )
 
 
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
-            "hs": ">="}
+_COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 
 
 @op("setp")
@@ -245,8 +275,10 @@ def _pack(e, d, vec: Vec, bits: int) -> None:
         e.pack(d, items)
         return
     each = bits // len(items)
-    parts = [f"({e.read(item, 'i', each)} << {i * each})" if i else e.read(item, "i", each)
-             for i, item in enumerate(items)]
+    parts = [
+        f"({e.read(item, 'i', each)} << {i * each})" if i else e.read(item, "i", each)
+        for i, item in enumerate(items)
+    ]
     if bits == 64:
         parts = [f"(wrap64({e.read(item, 'i', each)}) << {i * each})" for i, item in enumerate(items)]
     e.write(d, " | ".join(parts), "q" if bits == 64 else "i")
@@ -282,8 +314,11 @@ def _mov128(e, d, a) -> None:
 
 @op("cvta")
 def cvta(e, instr: Instr) -> None:
-    mods = modifiers(instr, 1, {"to", "global", "shared", "shared::cta", "shared::cluster", "local", "param", "const",
-                                "u64", "u32"})
+    mods = modifiers(
+        instr,
+        1,
+        {"to", "global", "shared", "shared::cta", "shared::cluster", "local", "param", "const", "u64", "u32"},
+    )
     d, a = instr.operands
     space = next(m for m in mods if m not in ("to", "u64", "u32")).split("::")[0]
     window = {"shared": "SHARED_WINDOW", "local": "LOCAL_WINDOW"}.get(space)
@@ -369,7 +404,11 @@ def prmt_(e, instr: Instr) -> None:
 def lop3_(e, instr: Instr) -> None:
     modifiers(instr, 1, {"b32"})
     d, a, b, c, table = instr.operands
-    e.write(d, f"lop3({e.read(a, 'i')}, {e.read(b, 'i')}, {e.read(c, 'i')}, {table.value if e.emitting else 0})", "i")
+    e.write(
+        d,
+        f"lop3({e.read(a, 'i')}, {e.read(b, 'i')}, {e.read(c, 'i')}, {table.value if e.emitting else 0})",
+        "i",
+    )
 
 
 @op("cvt")

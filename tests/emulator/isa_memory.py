@@ -7,17 +7,71 @@ import numpy as np
 from .memory import OFFSET_MASK, RANK_SHIFT, load, space_of, store
 from .ptx import SINK, Instr, Mem, Reg, Vec
 from .report import Fault, PtxError
-from .translate import modifiers, op, runtime
-from .values import M32, _f32, f2i, i2f, sext, spread
+from .opcodes import modifiers, op, runtime
+from .values import _f32, f2i, i2f, sext, spread
 
-_SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8,
-          "u64": 8, "s64": 8, "f64": 8, "b128": 16}
-_SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "shared::cluster": "shared", "local": "local",
-           "param": "param", "const": "global", "param::entry": "param"}
-_HINTS = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
-          "L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B", "L2::evict_last",
-          "L2::evict_normal", "L2::evict_first"}
-_ORDERS = {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "mmio"}
+_SIZES = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "b128": 16,
+}
+_SPACES = {
+    "global": "global",
+    "shared": "shared",
+    "shared::cta": "shared",
+    "shared::cluster": "shared",
+    "local": "local",
+    "param": "param",
+    "const": "global",
+    "param::entry": "param",
+}
+_HINTS = {
+    "nc",
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "L1::evict_normal",
+    "L1::evict_unchanged",
+    "L1::evict_first",
+    "L1::evict_last",
+    "L1::no_allocate",
+    "L2::cache_hint",
+    "L2::64B",
+    "L2::128B",
+    "L2::256B",
+    "L2::evict_last",
+    "L2::evict_normal",
+    "L2::evict_first",
+}
+_ORDERS = {
+    "weak",
+    "volatile",
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+    "mmio",
+}
 
 
 def _space(mods: set[str]) -> str:
@@ -43,7 +97,11 @@ def ld(e, instr: Instr) -> None:
     if size == 8:
         cls = "q"
     else:
-        cls = "f" if all(isinstance(r, Reg) and e.storage(r) == "f" for r in items if r is not SINK) and size == 4 else "i"
+        cls = (
+            "f"
+            if all(isinstance(r, Reg) and e.storage(r) == "f" for r in items if r is not SINK) and size == 4
+            else "i"
+        )
     t = _load(e, instr, space, mem, size, len(items), signed, cls)
     for i, item in enumerate(items):
         if item is SINK:
@@ -53,14 +111,13 @@ def ld(e, instr: Instr) -> None:
         elif signed and isinstance(item, Reg) and item.width == 64:
             e.write(item, f"wrap64(sext({t}[{i}], 32))", "q")
         else:
-            e.write(item, f"wrap64({t}[{i}])" if item.width == 64 and size < 8 else f"{t}[{i}]",
-                    "q" if item.width == 64 else cls)
+            e.write(
+                item,
+                f"wrap64({t}[{i}])" if item.width == 64 and size < 8 else f"{t}[{i}]",
+                "q" if item.width == 64 else cls,
+            )
     if mods & {"acquire"}:
-        e.line(f"w.acquire_load({space!r}, {e.address(mem)}, {_scope(mods)!r}, {e_mask(e)})")
-
-
-def e_mask(e) -> str:
-    return getattr(e, "mask", "m")
+        e.line(f"w.acquire_load({space!r}, {e.address(mem)}, {_scope(mods)!r}, {e.mask})")
 
 
 def _load(e, instr: Instr, space: str, mem: Mem, size: int, count: int, signed: bool, cls: str) -> str:
@@ -71,14 +128,29 @@ def _load(e, instr: Instr, space: str, mem: Mem, size: int, count: int, signed: 
     else:
         call = f"load(w, {space!r}, {address}, "
     e.line(f"w.line = {instr.line}")
-    e.line(f"{t} = {call}{size}, {count}, {signed}, {cls!r}, {e_mask(e)})")
+    e.line(f"{t} = {call}{size}, {count}, {signed}, {cls!r}, {e.mask})")
     return t
 
 
 @op("st")
 def st(e, instr: Instr) -> None:
-    mods = modifiers(instr, 1, {*_SIZES, *_SPACES, *_HINTS, *_ORDERS, "v2", "v4", "v8", "async", "bulk",
-                                "mbarrier::complete_tx::bytes"} - {"async", "bulk", "mbarrier::complete_tx::bytes"})
+    mods = modifiers(
+        instr,
+        1,
+        {
+            *_SIZES,
+            *_SPACES,
+            *_HINTS,
+            *_ORDERS,
+            "v2",
+            "v4",
+            "v8",
+            "async",
+            "bulk",
+            "mbarrier::complete_tx::bytes",
+        }
+        - {"async", "bulk", "mbarrier::complete_tx::bytes"},
+    )
     mem, source, *_policy = instr.operands
     kind, space = instr.parts[-1], _space(mods)
     size = _SIZES[kind]
@@ -97,9 +169,9 @@ def st(e, instr: Instr) -> None:
     size = min(size, 8) if size != 16 else 4
     e.line(f"w.line = {instr.line}")
     if "release" in mods:
-        e.line(f"w.release_store({space!r}, {e.address(mem)}, {_scope(mods)!r}, {e_mask(e)})")
+        e.line(f"w.release_store({space!r}, {e.address(mem)}, {_scope(mods)!r}, {e.mask})")
     call = f"{space}_store(w, " if space in ("shared", "global") else f"store(w, {space!r}, "
-    e.line(f"{call}{e.address(mem)}, [{', '.join(values)}], {size}, {e_mask(e)})")
+    e.line(f"{call}{e.address(mem)}, [{', '.join(values)}], {size}, {e.mask})")
 
 
 # Atomics: lanes act one after another, in lane order.
@@ -114,16 +186,24 @@ def _atomic_function(name: str, kind: str):
     if kind == "f32":
         table = {"add": lambda a, b: f2i(_f32(i2f(a) + i2f(b))), "exch": lambda a, b: b}
     elif kind == "f64":
+
         def add64(a: int, b: int) -> int:
-            return int(np.float64(np.uint64(a).view(np.float64) + np.uint64(b).view(np.float64)).view(np.uint64))
+            return int(
+                np.float64(np.uint64(a).view(np.float64) + np.uint64(b).view(np.float64)).view(np.uint64)
+            )
 
         table = {"add": add64}
     else:
         table = {
-            "add": lambda a, b: a + b & mask, "and": lambda a, b: a & b, "or": lambda a, b: a | b,
-            "xor": lambda a, b: a ^ b, "exch": lambda a, b: b,
-            "min": lambda a, b: a if number(a) < number(b) else b, "max": lambda a, b: a if number(a) > number(b) else b,
-            "inc": lambda a, b: 0 if a >= b else a + 1, "dec": lambda a, b: b if a == 0 or a > b else a - 1,
+            "add": lambda a, b: a + b & mask,
+            "and": lambda a, b: a & b,
+            "or": lambda a, b: a | b,
+            "xor": lambda a, b: a ^ b,
+            "exch": lambda a, b: b,
+            "min": lambda a, b: a if number(a) < number(b) else b,
+            "max": lambda a, b: a if number(a) > number(b) else b,
+            "inc": lambda a, b: 0 if a >= b else a + 1,
+            "dec": lambda a, b: b if a == 0 or a > b else a - 1,
             "cas": lambda a, b, c: c if a == b else a,
         }
     return table.get(name)
@@ -137,9 +217,16 @@ def atomic(w, space, name, kind, scope, order, address, operands, mask, returns)
     lanes = range(32) if mask is None else np.flatnonzero(mask).tolist()
     address = spread(address, np.uint64)
     if space == "generic":
-        space, address = space_of(address.copy() if mask is None else np.where(mask, address, address[lanes[0]]))
-    columns = [spread(f2i(o) if isinstance(o, (np.floating,)) or getattr(o, "dtype", None) == np.float32 else o,
-                      np.uint64 if size == 8 else np.int64).tolist() for o in operands]
+        space, address = space_of(
+            address.copy() if mask is None else np.where(mask, address, address[lanes[0]])
+        )
+    columns = [
+        spread(
+            f2i(o) if isinstance(o, (np.floating,)) or getattr(o, "dtype", None) == np.float32 else o,
+            np.uint64 if size == 8 else np.int64,
+        ).tolist()
+        for o in operands
+    ]
     old = np.zeros(32, np.uint64 if size == 8 else np.int64)
     for lane in lanes:
         a = int(address[lane])
@@ -154,9 +241,9 @@ def atomic(w, space, name, kind, scope, order, address, operands, mask, returns)
             smem.check(at, at + size, "atomic")
         if w.check:
             w.check.atomic(w, space, a, size, scope, order)
-        before = int.from_bytes(view[at:at + size].tobytes(), "little")
+        before = int.from_bytes(view[at : at + size].tobytes(), "little")
         after = function(before, *(c[lane] for c in columns))
-        view[at:at + size] = np.frombuffer(int(after).to_bytes(size, "little"), np.uint8)
+        view[at : at + size] = np.frombuffer(int(after).to_bytes(size, "little"), np.uint8)
         old[lane] = before
     w.machine.counters["atomics"] += 1
     return old if len(lanes) > 1 else int(old[lanes[0]])
@@ -175,14 +262,16 @@ def atom(e, instr: Instr) -> None:
     mem, *sources = instr.operands[1:] if returns else instr.operands
     if _atomic_function(name, kind) is None:
         raise PtxError(f"line {instr.line}: unsupported atomic: {instr.text}")
-    sources = sources[:2 if name == "cas" else 1]
+    sources = sources[: 2 if name == "cas" else 1]
     wide = _SIZES[kind] == 8
     cls = "q" if wide else "f" if kind == "f32" else "i"
     order = next((m for m in ("acq_rel", "acquire", "release") if m in mods), "relaxed")
     operands = ", ".join(e.read(s, cls) for s in sources)
     e.line(f"w.line = {instr.line}")
-    call = (f"atomic(w, {_space(mods)!r}, {name!r}, {kind!r}, {_scope(mods)!r}, {order!r}, {e.address(mem)}, "
-            f"({operands},), {e_mask(e)}, {returns})")
+    call = (
+        f"atomic(w, {_space(mods)!r}, {name!r}, {kind!r}, {_scope(mods)!r}, {order!r}, {e.address(mem)}, "
+        f"({operands},), {e.mask}, {returns})"
+    )
     if d is SINK:
         e.line(call)
     else:
@@ -197,7 +286,7 @@ def ldmatrix(w, address, count, trans, mask):
     out = []
     t = np.arange(32)
     for k in range(count):
-        rows = load(w, "shared", np.repeat(address[8 * k:8 * k + 8], 4), 4, 4, False, "i", None)
+        rows = load(w, "shared", np.repeat(address[8 * k : 8 * k + 8], 4), 4, 4, False, "i", None)
         matrix = np.stack([r[::4] for r in rows], 1).astype(np.uint32).view(np.uint16)  # [8, 8]
         if trans:
             matrix = np.ascontiguousarray(matrix.T)
@@ -229,14 +318,17 @@ def stmatrix(w, address, values, trans, kind, mask):
         lanes = np.zeros(32, bool)
         lanes[:8] = True
         pad = [np.concatenate([rows[:, i], np.zeros(24, np.uint32)]).astype(np.int64) for i in range(4)]
-        where = np.concatenate([address[8 * k:8 * k + 8], np.zeros(24, np.int64)])
+        where = np.concatenate([address[8 * k : 8 * k + 8], np.zeros(24, np.int64)])
         store(w, "shared", where, pad, 4, lanes)
 
 
 @op("ldmatrix", "stmatrix", starts_block=True)
 def matrix_move(e, instr: Instr) -> None:
-    mods = modifiers(instr, 1, {"sync", "aligned", "m8n8", "m16n8", "x1", "x2", "x4", "trans", "shared", "shared::cta",
-                                "b16", "b8"})
+    mods = modifiers(
+        instr,
+        1,
+        {"sync", "aligned", "m8n8", "m16n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16", "b8"},
+    )
     loading = instr.parts[0] == "ldmatrix"
     kind = "m8n8" if "m8n8" in mods else "m16n8"
     if loading and kind != "m8n8" or kind == "m16n8" and "trans" not in mods:
@@ -268,6 +360,3 @@ def hints(e, instr: Instr) -> None:
 @op("alloca", "stacksave", "stackrestore")
 def stack(e, instr: Instr) -> None:
     raise PtxError(f"line {instr.line}: unsupported: {instr.text}")
-
-
-_ = M32

@@ -6,17 +6,14 @@ import numpy as np
 
 from .barriers import Mbarrier
 from .memory import OFFSET_MASK, RANK_SHIFT, SHARED_WINDOW
-from .ptx import SINK, Instr, Mem, Not, Pair, Reg
+from .opcodes import modifiers, op, runtime
+from .operands import one
+from .ptx import SINK, Instr, Mem, Not
 from .report import Fault, PtxError
-from .translate import modifiers, op, runtime
-from .values import LANES, _ndarray, lanes, pnot, sext, spread, uniform
+from .values import LANES, _ndarray, spread, uniform
 
 _SPACES = {"shared", "shared::cta", "shared::cluster"}
 _ORDERS = {"release", "acquire", "relaxed", "cta", "cluster"}
-
-
-def e_mask(e) -> str:
-    return getattr(e, "mask", "m")
 
 
 # -- mbarrier ------------------------------------------------------------------------------------------------------------
@@ -30,16 +27,9 @@ def _targets(w, address, mask) -> list[tuple[int, int]]:
     return [(int(a) - SHARED_WINDOW if a >= SHARED_WINDOW else int(a), int(n)) for a, n in zip(found, counts)]
 
 
-def _value(x, mask, what: str) -> int:
-    out = uniform(x, mask)
-    if out is None:
-        raise Fault(f"{what} differs between the lanes of the warp")
-    return int(out)
-
-
 @runtime
 def mbarrier_init(w, address, count, mask):
-    count = _value(count, mask, "mbarrier count")
+    count = one(count, mask, "mbarrier count")
     for a, _n in _targets(w, address, mask):
         rank, offset = a >> RANK_SHIFT, a & OFFSET_MASK
         smem = w.cta.cluster.smem(rank)
@@ -60,7 +50,7 @@ def init(e, instr: Instr) -> None:
     modifiers(instr, 2, _SPACES | {"b64"})
     mem, count = instr.operands
     e.line(f"w.line = {instr.line}")
-    e.line(f"mbarrier_init(w, {e.address(mem)}, {e.read(count, 'i')}, {e_mask(e)})")
+    e.line(f"mbarrier_init(w, {e.address(mem)}, {e.read(count, 'i')}, {e.mask})")
 
 
 @runtime
@@ -76,7 +66,7 @@ def mbarrier_inval(w, address, mask):
 def inval(e, instr: Instr) -> None:
     modifiers(instr, 2, _SPACES | {"b64"})
     e.line(f"w.line = {instr.line}")
-    e.line(f"mbarrier_inval(w, {e.address(instr.operands[0])}, {e_mask(e)})")
+    e.line(f"mbarrier_inval(w, {e.address(instr.operands[0])}, {e.mask})")
 
 
 @runtime
@@ -90,10 +80,10 @@ def mbarrier_arrive(w, address, count, expect, relaxed, drop, mask):
         if w.check:
             w.check.barrier_arrive_mbar(w, barrier, relaxed)
         if expect is not None:
-            barrier.expect(n * _value(expect, mask, "expect-tx bytes"))
+            barrier.expect(n * one(expect, mask, "expect-tx bytes"))
         if drop:
-            barrier.count -= n * _value(count, mask, "arrival count")
-        barrier.arrive(n * _value(count, mask, "arrival count"))
+            barrier.count -= n * one(count, mask, "arrival count")
+        barrier.arrive(n * one(count, mask, "arrival count"))
     return state
 
 
@@ -111,15 +101,19 @@ def arrive(e, instr: Instr) -> None:
     elif rest:
         count = e.read(rest[0], "i")
     e.line(f"w.line = {instr.line}")
-    e.write(d, f"mbarrier_arrive(w, {e.address(mem)}, {count}, {expect}, {'relaxed' in mods}, "
-               f"{instr.parts[1] == 'arrive_drop'}, {e_mask(e)})", "q")
+    e.write(
+        d,
+        f"mbarrier_arrive(w, {e.address(mem)}, {count}, {expect}, {'relaxed' in mods}, "
+        f"{instr.parts[1] == 'arrive_drop'}, {e.mask})",
+        "q",
+    )
     if d is SINK and not e.emitting:
         return
 
 
 @runtime
 def mbarrier_tx(w, address, amount, expect, mask):
-    amount = _value(amount, mask, "transaction bytes")
+    amount = one(amount, mask, "transaction bytes")
     for a, n in _targets(w, address, mask):
         barrier = w.cta.cluster.mbarrier(a, "mbarrier.expect_tx" if expect else "mbarrier.complete_tx")
         if expect:
@@ -133,7 +127,9 @@ def expect_tx(e, instr: Instr) -> None:
     modifiers(instr, 2, _SPACES | _ORDERS | {"b64"})
     mem, amount = instr.operands
     e.line(f"w.line = {instr.line}")
-    e.line(f"mbarrier_tx(w, {e.address(mem)}, {e.read(amount, 'i')}, {instr.parts[1] == 'expect_tx'}, {e_mask(e)})")
+    e.line(
+        f"mbarrier_tx(w, {e.address(mem)}, {e.read(amount, 'i')}, {instr.parts[1] == 'expect_tx'}, {e.mask})"
+    )
 
 
 @runtime
@@ -147,7 +143,7 @@ def mbarrier_wait(w, address, phase, parity, may_block, relaxed, pc, mask):
     if len(targets) > 1 or type(phase) is _ndarray and uniform(phase, mask) is None:
         return _wait_per_lane(w, address, phase, parity, relaxed, mask)
     barrier = w.cta.cluster.mbarrier(targets[0][0], "mbarrier wait")
-    wanted = _value(phase, mask, "phase")
+    wanted = one(phase, mask, "phase")
     if parity and wanted > 1:
         raise Fault(f"{barrier}: wait for parity {wanted}; it must be 0 or 1")
     done = barrier.phase & 1 != wanted if parity else barrier.phase != wanted
@@ -189,8 +185,10 @@ def try_wait(e, instr: Instr) -> None:
     parity = "parity" in mods
     e.line(f"w.line = {instr.line}")
     t = e.temp()
-    e.line(f"{t} = mbarrier_wait(w, {e.address(mem)}, {e.read(phase, 'i' if parity else 'q')}, {parity}, "
-           f"{instr.parts[1] == 'try_wait'}, {'relaxed' in mods}, w.pc, {e_mask(e)})")
+    e.line(
+        f"{t} = mbarrier_wait(w, {e.address(mem)}, {e.read(phase, 'i' if parity else 'q')}, {parity}, "
+        f"{instr.parts[1] == 'try_wait'}, {'relaxed' in mods}, w.pc, {e.mask})"
+    )
     e.line(f"if {t} is None: return BLOCKED")
     e.write(d, t, "p")
 
@@ -204,10 +202,10 @@ def pending_count(e, instr: Instr) -> None:
 @runtime
 def named_barrier(w, number, threads, mask, sync, value=None):
     """None when passed (or for arrive); a result dict entry for bar.red; BLOCKED state otherwise."""
-    number = _value(number, mask, "barrier number")
+    number = one(number, mask, "barrier number")
     barrier = w.cta.named_barrier(number)
     if w.arrived is None:
-        threads = _value(threads, mask, "barrier thread count")
+        threads = one(threads, mask, "barrier thread count")
         generation = barrier.generation
         barrier.arrive(w, threads, w.active_count(mask), value)
         if not sync:
@@ -218,8 +216,10 @@ def named_barrier(w, number, threads, mask, sync, value=None):
     if barrier.generation == generation:
         if w not in barrier.waiters:
             barrier.waiters.append(w)
-        w.wait(lambda: f"named barrier {barrier.number}: {barrier.arrived} of "
-                       f"{barrier.expected or barrier.cta.live_threads()} threads have arrived")
+        w.wait(
+            lambda: f"named barrier {barrier.number}: {barrier.arrived} of "
+            f"{barrier.expected or barrier.cta.live_threads()} threads have arrived"
+        )
         return False
     w.arrived = None
     if w.check:
@@ -235,8 +235,15 @@ def bar(e, instr: Instr) -> None:
         return _warp_sync(e, instr)
     if parts[1] == "cluster":
         return _cluster_barrier(e, instr)
-    mods = modifiers(instr, 2, {"cta", "sync", "arrive", "aligned", "red", "popc", "and", "or", "u32", "pred"} if parts[1] == "cta"
-                     else {"aligned", "popc", "and", "or", "u32", "pred"})
+    mods = modifiers(
+        instr,
+        2,
+        (
+            {"cta", "sync", "arrive", "aligned", "red", "popc", "and", "or", "u32", "pred"}
+            if parts[1] == "cta"
+            else {"aligned", "popc", "and", "or", "u32", "pred"}
+        ),
+    )
     kind = parts[2] if parts[1] == "cta" else parts[1]
     operands = list(instr.operands)
     e.line(f"w.line = {instr.line}")
@@ -245,8 +252,10 @@ def bar(e, instr: Instr) -> None:
         d, number, *threads, p = operands
         count = e.read(threads[0], "i") if threads else "0"
         p = f"pnot({e.read(p.reg, 'p')})" if isinstance(p, Not) else e.read(p, "p")
-        e.line(f"if not named_barrier(w, {e.read(number, 'i')}, {count}, m, True, "
-               f"spread({p}, bool)[slice(None) if m is None else m].tolist()): return BLOCKED")
+        e.line(
+            f"if not named_barrier(w, {e.read(number, 'i')}, {count}, m, True, "
+            f"spread({p}, bool)[slice(None) if m is None else m].tolist()): return BLOCKED"
+        )
         e.line("t0 = w.cta.named_barrier(" + e.read(number, "i") + ").result")
         e.line("t0 = next(iter(t0.values()))")
         how = next(iter(mods & {"popc", "and", "or"}))
@@ -273,8 +282,10 @@ def cluster_wait(w, mask):
     barrier = w.cta.cluster.barrier
     if barrier.generation < w.cluster_generation:
         barrier.waiters.append(w)
-        w.wait(lambda: f"barrier.cluster: {barrier.arrived} of "
-                       f"{sum(c.live_threads() for c in barrier.cluster.ctas)} threads have arrived")
+        w.wait(
+            lambda: f"barrier.cluster: {barrier.arrived} of "
+            f"{sum(c.live_threads() for c in barrier.cluster.ctas)} threads have arrived"
+        )
         return False
     w.machine.counters["cluster barrier waits"] += 1
     if w.check:
@@ -292,161 +303,8 @@ def _cluster_barrier(e, instr: Instr) -> None:
         e.line("if not cluster_wait(w, m): return BLOCKED")
 
 
-# -- warp collectives ----------------------------------------------------------------------------------------------------
 def _warp_sync(e, instr: Instr) -> None:
     e.line(f"if m is not None and w.hold(m, {e.read(instr.operands[0], 'i')}): return HOLD")
-
-
-ELECT_FIRST = LANES == 0
-
-
-@runtime
-def elect(mask):
-    """(leader lane, predicate): the lowest active lane."""
-    if mask is None:
-        return 0, ELECT_FIRST
-    lane = int(mask.argmax())
-    return lane, LANES == lane
-
-
-@op("elect", starts_block=True)
-def elect_sync(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"sync"})
-    d, membermask = instr.operands
-    e.line(f"if m is not None and w.hold(m, {e.read(membermask, 'i')}): return HOLD")
-    t = e.temp()
-    e.line(f"{t} = elect(m)")
-    lane, p = (d.first, d.second) if isinstance(d, Pair) else (SINK, d)
-    if lane is not SINK:
-        e.write(lane, f"{t}[0]", "i")
-    e.write(p, f"{t}[1]", "p")
-
-
-@runtime
-def shuffle(mode, value, b, c):
-    """(values, in-range predicate) of shfl.sync."""
-    if mode == "idx" and type(b) is not _ndarray and c == 31:
-        if type(value) is not _ndarray:
-            return value, True
-        out = value[b & 31]
-        return (out if value.dtype == np.float32 else int(out)), True
-    b, c = spread(b), spread(c)
-    segment, clamp = c >> 8 & 31, c & 31
-    low = LANES & segment
-    high = low | clamp & ~segment
-    if mode == "idx":
-        source = low | b & 31 & ~segment
-        ok = source <= high
-    elif mode == "up":
-        source = LANES - (b & 31)
-        ok = source >= high
-    elif mode == "down":
-        source = LANES + (b & 31)
-        ok = source <= high
-    else:
-        source = LANES ^ b & 31
-        ok = source <= high
-    source = np.where(ok, source, LANES)
-    return (value[source] if type(value) is _ndarray else value), (True if ok.all() else ok)
-
-
-@op("shfl", starts_block=True)
-def shfl(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"sync", "idx", "up", "down", "bfly", "b32"})
-    d, a, b, c, membermask = instr.operands
-    first, second = (d.first, d.second) if isinstance(d, Pair) else (d, SINK)
-    cls = e.storage(first) if isinstance(first, Reg) else "i"
-    e.line(f"if m is not None and w.hold(m, {e.read(membermask, 'i')}): return HOLD")
-    t = e.temp()
-    e.line(f"{t} = shuffle({instr.parts[2]!r}, {e.read(a, cls)}, {e.read(b, 'i')}, {e.read(c, 'i')})")
-    e.write(first, f"{t}[0]", cls)
-    if second is not SINK:
-        e.write(second, f"{t}[1]", "p")
-
-
-@runtime
-def vote(how, p, mask):
-    if type(p) is not _ndarray:
-        if how != "ballot":
-            return p if how != "uni" else True
-        return (0xFFFFFFFF if mask is None else int((mask.astype(np.int64) << LANES).sum())) if p else 0
-    active = p if mask is None else p[mask]
-    if how == "ballot":
-        chosen = p if mask is None else p & mask
-        return int((chosen.astype(np.int64) << LANES).sum())
-    return bool({"all": active.all, "any": active.any, "uni": lambda: (active == active[0]).all()}[how]())
-
-
-@op("vote", starts_block=True)
-def vote_sync(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"sync", "all", "any", "uni", "ballot", "pred", "b32"})
-    d, p, membermask = instr.operands
-    how = instr.parts[2]
-    e.line(f"if m is not None and w.hold(m, {e.read(membermask, 'i')}): return HOLD")
-    source = f"pnot({e.read(p.reg, 'p')})" if isinstance(p, Not) else e.read(p, "p")
-    e.write(d, f"vote({how!r}, {source}, m)", "i" if how == "ballot" else "p")
-
-
-@op("activemask")
-def activemask(e, instr: Instr) -> None:
-    e.write(instr.operands[0], "vote('ballot', True, m)", "i")
-
-
-@runtime
-def match(how, value, mask):
-    v = spread(value)
-    same = v[:, None] == v[None, :]
-    if mask is not None:
-        same &= mask[None, :]
-    out = (same.astype(np.int64) << LANES).sum(1)
-    if how == "any":
-        return out, True
-    active = np.ones(32, bool) if mask is None else mask
-    full = int((active.astype(np.int64) << LANES).sum())
-    ok = bool((v[active] == v[active][0]).all())
-    return (full if ok else 0), ok
-
-
-@op("match", starts_block=True)
-def match_sync(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"any", "all", "sync", "b32", "b64"})
-    d, a, membermask = instr.operands
-    first, second = (d.first, d.second) if isinstance(d, Pair) else (d, SINK)
-    e.line(f"if m is not None and w.hold(m, {e.read(membermask, 'i')}): return HOLD")
-    t = e.temp()
-    e.line(f"{t} = match({instr.parts[1]!r}, {e.read(a, 'q' if instr.parts[-1] == 'b64' else 'i')}, m)")
-    e.write(first, f"{t}[0]", "i")
-    if second is not SINK:
-        e.write(second, f"{t}[1]", "p")
-
-
-@runtime
-def redux(how, kind, value, mask, membermask, absolute, nan):
-    v = lanes(value)
-    active = v if mask is None else v[mask]
-    if type(membermask) is int and membermask not in (0xFFFFFFFF,):
-        chosen = (membermask >> LANES & 1).astype(bool)
-        active = v[chosen if mask is None else chosen & mask]
-    if kind == "f32":
-        active = abs(active) if absolute else active
-        functions = (np.minimum, np.maximum) if nan else (np.fmin, np.fmax)
-        return np.float32(functions[how == "max"].reduce(active))
-    if kind == "s32":
-        active = sext(active, 32)
-    return int({"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-                "xor": np.bitwise_xor}[how].reduce(active)) & 0xFFFFFFFF
-
-
-@op("redux", starts_block=True)
-def redux_sync(e, instr: Instr) -> None:
-    modifiers(instr, 1, {"sync", "add", "min", "max", "and", "or", "xor", "u32", "s32", "b32", "f32", "abs", "NaN"})
-    d, a, membermask = instr.operands
-    kind = instr.parts[-1]
-    cls = "f" if kind == "f32" else "i"
-    members = e.read(membermask, "i")
-    e.line(f"if m is not None and w.hold(m, {members}): return HOLD")
-    e.write(d, f"redux({instr.parts[2]!r}, {kind!r}, {e.read(a, cls)}, m, {members}, {'abs' in instr.parts}, "
-               f"{'NaN' in instr.parts})", cls)
 
 
 # -- fences and hints ----------------------------------------------------------------------------------------------------
@@ -455,9 +313,29 @@ def fence(e, instr: Instr) -> None:
     """fence.proxy.* and fence.{sc,acq_rel}: no effect on values (memory is coherent here), only on the checker."""
     parts = instr.parts
     if parts[1] == "proxy":
-        mods = modifiers(instr, 2, {"async", "async::generic", "alias", "tensormap::generic", "tensormap", "generic", "global",
-                                    "shared::cta", "shared::cluster", "acquire", "release", "cta", "cluster", "gpu", "sys",
-                                    "sync_restrict::shared::cta", "sync_restrict::shared::cluster"})
+        mods = modifiers(
+            instr,
+            2,
+            {
+                "async",
+                "async::generic",
+                "alias",
+                "tensormap::generic",
+                "tensormap",
+                "generic",
+                "global",
+                "shared::cta",
+                "shared::cluster",
+                "acquire",
+                "release",
+                "cta",
+                "cluster",
+                "gpu",
+                "sys",
+                "sync_restrict::shared::cta",
+                "sync_restrict::shared::cluster",
+            },
+        )
         for operand in instr.operands:
             if isinstance(operand, Mem):
                 e.address(operand)
@@ -468,8 +346,22 @@ def fence(e, instr: Instr) -> None:
         modifiers(instr, 2, {"release", "cluster"})
         e.line("if w.check: w.check.init_fence(w)")
     else:
-        mods = modifiers(instr, 1, {"sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys",
-                                    "sync_restrict::shared::cta", "sync_restrict::shared::cluster"})
+        mods = modifiers(
+            instr,
+            1,
+            {
+                "sc",
+                "acq_rel",
+                "acquire",
+                "release",
+                "cta",
+                "cluster",
+                "gpu",
+                "sys",
+                "sync_restrict::shared::cta",
+                "sync_restrict::shared::cluster",
+            },
+        )
         scope = next((s for s in ("sys", "gpu", "cluster", "cta") if s in mods), "sys")
         e.line(f"if w.check: w.check.fence(w, {scope!r})")
 
@@ -493,6 +385,3 @@ def call(e, instr: Instr) -> None:
     names = {o.name for o in instr.operands}
     if "vprintf" not in names:
         raise PtxError(f"line {instr.line}: call of an unknown function: {instr.text}")
-
-
-_ = pnot

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from . import tmem
 from .memory import OFFSET_MASK, RANK_SHIFT, SHARED_WINDOW, shared_store
-from .ptx import Imm, Instr, Mem, Reg, Vec
+from .operands import one
+from .ptx import Imm, Instr, Mem, Vec
 from .report import Fault, PtxError
-from .translate import modifiers, op, runtime
+from .opcodes import modifiers, op, runtime
 from .umma import InstructionDescriptor, Mma, check_copy, copy_to_tmem
-from .values import _ndarray, uniform
+from .values import _ndarray
 
 _GROUPS = {"cta_group::1", "cta_group::2"}
 
 
 def _group(mods: set[str]) -> int:
     return 2 if "cta_group::2" in mods else 1
-
-
-def one(value, mask, what: str) -> int:
-    """An operand that must be the same in every active lane."""
-    out = uniform(value, mask)
-    if out is None:
-        raise Fault(f"{what} differs between the lanes of the warp")
-    return int(out)
 
 
 def pair_of(w, group: int) -> list:
@@ -74,7 +67,9 @@ def tmem_alloc(w, address, columns, group, mask):
 
 @runtime
 def tmem_dealloc(w, address, columns, mask):
-    address, columns = one(address, mask, "tcgen05.dealloc address"), one(columns, mask, "tcgen05.dealloc column count")
+    address, columns = one(address, mask, "tcgen05.dealloc address"), one(
+        columns, mask, "tcgen05.dealloc column count"
+    )
     if w.check:
         w.check.tmem_freed(w, w.cta.tmem, address & 0xFFFF, columns)
     w.cta.tmem.free(address, columns)
@@ -86,7 +81,9 @@ def alloc(e, instr: Instr) -> None:
     mem, columns = instr.operands
     e.line(f"w.line = {instr.line}")
     e.line("if m is not None and w.hold(m): return HOLD")
-    e.line(f"if not tmem_alloc(w, {e.address(mem)}, {e.read(columns, 'i')}, {_group(mods)}, m): return BLOCKED")
+    e.line(
+        f"if not tmem_alloc(w, {e.address(mem)}, {e.read(columns, 'i')}, {_group(mods)}, m): return BLOCKED"
+    )
 
 
 @op("tcgen05.dealloc", starts_block=True)
@@ -124,8 +121,13 @@ def tmem_load(w, address, shape, repeat, cls, mask):
 @runtime
 def tmem_store(w, address, shape, repeat, values, mask):
     w.machine.counters["TMEM stores"] += 1
-    tmem.store(w, one(address, mask, "tcgen05.st address"), shape, repeat,
-               [v if type(v) is not _ndarray else v.view("u4") if v.dtype == "f4" else v for v in values])
+    tmem.store(
+        w,
+        one(address, mask, "tcgen05.st address"),
+        shape,
+        repeat,
+        [v if type(v) is not _ndarray else v.view("u4") if v.dtype == "f4" else v for v in values],
+    )
 
 
 @runtime
@@ -175,15 +177,10 @@ def st(e, instr: Instr) -> None:
     e.line(f"tmem_store(w, {e.address(mem)}, {shape!r}, {repeat}, {values}, m)")
 
 
-@op("tcgen05.wait")
+@op("tcgen05.wait::ld", "tcgen05.wait::st")
 def wait(e, instr: Instr) -> None:
     mods = modifiers(instr, 1, {"wait::ld", "wait::st", "sync", "aligned"})
     e.line(f"if w.check: w.check.tmem_wait(w, {'wait::ld' in mods})")
-
-
-@op("tcgen05.wait::ld", "tcgen05.wait::st")
-def wait_kind(e, instr: Instr) -> None:
-    wait(e, instr)
 
 
 @op("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
@@ -197,16 +194,31 @@ def _repeat_for_lanes(w, mask) -> range:
 
 
 @runtime
-def tcgen05_mma(w, kind, group, d, a, b, idesc, enable, a_in_tmem, ws, scale_d, disabled, sfa, sfb, block, mask):
+def tcgen05_mma(
+    w, kind, group, d, a, b, idesc, enable, a_in_tmem, ws, scale_d, disabled, sfa, sfb, block, mask
+):
     machine, cta = w.machine, w.cta
     d, a, b = one(d, mask, "accumulator address"), one(a, mask, "matrix A"), one(b, mask, "matrix B")
     bits = one(idesc, mask, "instruction descriptor")
     sfa, sfb = one(sfa, mask, "SFA address"), one(sfb, mask, "SFB address")
     desc = InstructionDescriptor.decode(bits, kind)
     for _ in _repeat_for_lanes(w, mask):
-        work = Mma(kind, pair_of(w, group), d, a, b, desc, bool(one(enable, mask, "enable-input-d")), a_in_tmem, ws,
-                   one(scale_d, mask, "scale-input-d"), tuple(one(x, mask, "disable-output-lane") for x in disabled),
-                   sfa, sfb, block)
+        work = Mma(
+            kind,
+            pair_of(w, group),
+            d,
+            a,
+            b,
+            desc,
+            bool(one(enable, mask, "enable-input-d")),
+            a_in_tmem,
+            ws,
+            one(scale_d, mask, "scale-input-d"),
+            tuple(one(x, mask, "disable-output-lane") for x in disabled),
+            sfa,
+            sfb,
+            block,
+        )
         machine.counters["MMA instructions"] += 1
         if w.check:
             work.check_accesses(w.check, w.check.issue_tensor(w))
@@ -215,8 +227,20 @@ def tcgen05_mma(w, kind, group, d, a, b, idesc, enable, a_in_tmem, ws, scale_d, 
 
 @op("tcgen05.mma")
 def mma(e, instr: Instr) -> None:
-    collectors = {f"collector::{m}::{u}" for m in ("a", "b0", "b1", "b2", "b3") for u in ("fill", "use", "lastuse", "discard")}
-    kinds = {"kind::f16", "kind::tf32", "kind::f8f6f4", "kind::i8", "kind::mxf8f6f4", "kind::mxf4", "kind::mxf4nvf4"}
+    collectors = {
+        f"collector::{m}::{u}"
+        for m in ("a", "b0", "b1", "b2", "b3")
+        for u in ("fill", "use", "lastuse", "discard")
+    }
+    kinds = {
+        "kind::f16",
+        "kind::tf32",
+        "kind::f8f6f4",
+        "kind::i8",
+        "kind::mxf8f6f4",
+        "kind::mxf4",
+        "kind::mxf4nvf4",
+    }
     scaling = {"block_scale", "block16", "block32", "scale_vec::1X", "scale_vec::2X", "scale_vec::4X"}
     mods = modifiers(instr, 2, _GROUPS | collectors | kinds | scaling | {"ws"})
     kind = next(iter(mods & kinds))[6:]
@@ -229,8 +253,11 @@ def mma(e, instr: Instr) -> None:
         sfa, sfb = e.address(rest[0]), e.address(rest[1])
         rest = rest[2:]
         default = {"mxf8f6f4": 32, "mxf4": 32}.get(kind)
-        block = (16 if mods & {"block16", "scale_vec::4X"} else 32 if mods & {"block32", "scale_vec::1X", "scale_vec::2X"}
-                 else default)
+        block = (
+            16
+            if mods & {"block16", "scale_vec::4X"}
+            else 32 if mods & {"block32", "scale_vec::1X", "scale_vec::2X"} else default
+        )
         if block is None:
             raise PtxError(f"line {instr.line}: no scale block size in: {instr.text}")
     elif rest and isinstance(rest[0], Vec):
@@ -251,8 +278,10 @@ def mma(e, instr: Instr) -> None:
         sfa, sfb, idesc_code = t, u, v
     else:
         idesc_code = e.read(idesc, "i")
-    e.line(f"tcgen05_mma(w, {kind!r}, {_group(mods)}, {e.address(d)}, {a_code}, {e.read(b, 'q')}, {idesc_code}, {enable}, "
-           f"{isinstance(a, Mem)}, {ws}, {scale_d}, {disabled}, {sfa}, {sfb}, {block}, {getattr(e, 'mask', 'm')})")
+    e.line(
+        f"tcgen05_mma(w, {kind!r}, {_group(mods)}, {e.address(d)}, {a_code}, {e.read(b, 'q')}, {idesc_code}, {enable}, "
+        f"{isinstance(a, Mem)}, {ws}, {scale_d}, {disabled}, {sfa}, {sfb}, {block}, {e.mask})"
+    )
 
 
 @runtime
@@ -277,8 +306,10 @@ def cp(e, instr: Instr) -> None:
     shape = ".".join(next(iter(mods & s)) for s in (shapes, casts) if mods & s)
     source = next(iter(mods & sources), "")
     e.line(f"w.line = {instr.line}")
-    e.line(f"tcgen05_cp(w, {_group(mods)}, {e.address(mem)}, {e.read(desc, 'q')}, {shape!r}, {source!r}, "
-           f"{getattr(e, 'mask', 'm')})")
+    e.line(
+        f"tcgen05_cp(w, {_group(mods)}, {e.address(mem)}, {e.read(desc, 'q')}, {shape!r}, {source!r}, "
+        f"{e.mask})"
+    )
 
 
 @runtime
@@ -314,11 +345,10 @@ def tcgen05_commit(w, address, multicast, mask):
 
 @op("tcgen05.commit")
 def commit(e, instr: Instr) -> None:
-    mods = modifiers(instr, 2, _GROUPS | {"mbarrier::arrive::one", "shared::cluster", "multicast::cluster", "b64"})
+    mods = modifiers(
+        instr, 2, _GROUPS | {"mbarrier::arrive::one", "shared::cluster", "multicast::cluster", "b64"}
+    )
     mem, *rest = instr.operands
     multicast = e.read(rest[0], "i", 16) if "multicast::cluster" in mods else None
     e.line(f"w.line = {instr.line}")
-    e.line(f"tcgen05_commit(w, {e.address(mem)}, {multicast}, {getattr(e, 'mask', 'm')})")
-
-
-_ = Reg
+    e.line(f"tcgen05_commit(w, {e.address(mem)}, {multicast}, {e.mask})")

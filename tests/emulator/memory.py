@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .report import Fault
-from .translate import NAMESPACE, runtime
+from .opcodes import NAMESPACE, runtime
 from .values import LANES, M32, _ndarray, f2i
 
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 62, 1 << 61, 1 << 60
@@ -35,7 +35,7 @@ class Buffer:
 
     def __post_init__(self) -> None:
         raw = (ctypes.c_uint8 * max(self.size, 1)).from_address(self.base)
-        self.bytes = np.frombuffer(raw, np.uint8)[:self.size]
+        self.bytes = np.frombuffer(raw, np.uint8)[: self.size]
         self.loads = self.stores = 0  # bytes
         self.shadow = None
 
@@ -65,11 +65,19 @@ class GlobalMemory:
             buffer = self.buffers[at]
             if address + size <= buffer.base + buffer.size:
                 return buffer
-            if address < buffer.base + buffer.size or at + 1 == len(self.bases) or address - buffer.base < 1 << 30:
-                raise Fault(f"{what} of {size} bytes at global address {address:#x} is out of bounds: "
-                            f"{address - buffer.base} bytes into buffer '{buffer.name}' of {buffer.size} bytes")
-        raise Fault(f"{what} of {size} bytes at global address {address:#x}: no registered buffer is there "
-                    f"(pass its tensor in buffers=)")
+            if (
+                address < buffer.base + buffer.size
+                or at + 1 == len(self.bases)
+                or address - buffer.base < 1 << 30
+            ):
+                raise Fault(
+                    f"{what} of {size} bytes at global address {address:#x} is out of bounds: "
+                    f"{address - buffer.base} bytes into buffer '{buffer.name}' of {buffer.size} bytes"
+                )
+        raise Fault(
+            f"{what} of {size} bytes at global address {address:#x}: no registered buffer is there "
+            f"(pass its tensor in buffers=)"
+        )
 
 
 def _raw(values, size: int) -> list:
@@ -126,12 +134,16 @@ class SharedMemory:
         self.rank, self.end = rank, end
         self.bytes = np.full(-(-end // 16) * 16, 0xFF, np.uint8)  # poison
         self.views = {size: self.bytes.view(dtype) for size, dtype in _DTYPES.items()}
-        self.scalars = {size: memoryview(self.bytes).cast(code) for size, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))}
+        self.scalars = {
+            size: memoryview(self.bytes).cast(code) for size, code in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
+        }
 
     def check(self, low: int, high: int, what: str) -> None:
         if low < DYNAMIC_SMEM_OFFSET or high > self.end:
-            raise Fault(f"{what} at shared offset {low}..{high} of CTA {self.rank} is out of bounds: "
-                        f"the CTA has {DYNAMIC_SMEM_OFFSET}..{self.end}")
+            raise Fault(
+                f"{what} at shared offset {low}..{high} of CTA {self.rank} is out of bounds: "
+                f"the CTA has {DYNAMIC_SMEM_OFFSET}..{self.end}"
+            )
 
 
 def shared_load(w, address, size, count, signed, cls, mask):
@@ -229,9 +241,11 @@ def global_load(w, address, size, count, signed, cls, mask):
         at = address - buffer.base
         if w.check and buffer.shadow is not None:
             w.check.global_read(w, buffer, at, step)
-        data = buffer.bytes[at:at + step].tobytes()
-        return [_present_scalar(int.from_bytes(data[i * size:(i + 1) * size], "little"), size, signed, cls)
-                for i in range(count)]
+        data = buffer.bytes[at : at + step].tobytes()
+        return [
+            _present_scalar(int.from_bytes(data[i * size : (i + 1) * size], "little"), size, signed, cls)
+            for i in range(count)
+        ]
     address = _active_addresses(address, mask).astype(np.int64)
     if (address & step - 1).any():
         _check_alignment(int(address[(address & step - 1) != 0][0]), step, "global load")
@@ -293,8 +307,12 @@ def param_load(w, address, size, count, signed, cls, mask):
     data, at = w.machine.params, address & ~PARAM_WINDOW
     if at < 0 or at + size * count > len(data):
         raise Fault(f"load at parameter offset {at} is out of bounds")
-    return [_present_scalar(int.from_bytes(data[at + i * size:at + (i + 1) * size], "little"), size, signed, cls)
-            for i in range(count)]
+    return [
+        _present_scalar(
+            int.from_bytes(data[at + i * size : at + (i + 1) * size], "little"), size, signed, cls
+        )
+        for i in range(count)
+    ]
 
 
 def local_load(w, address, size, count, signed, cls, mask):
@@ -316,12 +334,18 @@ def local_store(w, address, values, size, mask):
 def _local_index(w, address, size: int, count: int) -> np.ndarray:
     base = np.broadcast_to(np.asarray(address), 32).astype(np.int64)
     if int(base.min()) < 0 or int(base.max()) + size * count > w.local.shape[1]:
-        raise Fault(f"local access at {int(base.min())}..{int(base.max()) + size * count} is out of bounds: "
-                    f"the thread has {w.local.shape[1]} bytes")
+        raise Fault(
+            f"local access at {int(base.min())}..{int(base.max()) + size * count} is out of bounds: "
+            f"the thread has {w.local.shape[1]} bytes"
+        )
     return base[:, None] + np.arange(size * count)
 
 
-_SPACES = {"shared": (shared_load, shared_store), "local": (local_load, local_store), "global": (global_load, global_store)}
+_SPACES = {
+    "shared": (shared_load, shared_store),
+    "local": (local_load, local_store),
+    "global": (global_load, global_store),
+}
 
 
 def space_of(address) -> tuple[str, object]:

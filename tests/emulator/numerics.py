@@ -19,14 +19,22 @@ def decode_table(name: str) -> np.ndarray:
         table[255] = np.nan
         return table.astype(np.float32)
     exponent_bits, mantissa_bits, bias = {
-        "e2m1": (2, 1, 1), "e2m3": (2, 3, 1), "e3m2": (3, 2, 3), "e4m3": (4, 3, 7), "ue4m3": (4, 3, 7), "e5m2": (5, 2, 15),
+        "e2m1": (2, 1, 1),
+        "e2m3": (2, 3, 1),
+        "e3m2": (3, 2, 3),
+        "e4m3": (4, 3, 7),
+        "ue4m3": (4, 3, 7),
+        "e5m2": (5, 2, 15),
     }[name]
     bits = 1 + exponent_bits + mantissa_bits
     code = np.arange(1 << bits)
     exponent = code >> mantissa_bits & (1 << exponent_bits) - 1
     mantissa = code & (1 << mantissa_bits) - 1
-    value = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias - mantissa_bits),
-                     (1 + mantissa * 2.0**-mantissa_bits) * np.exp2(exponent.astype(np.float64) - bias))
+    value = np.where(
+        exponent == 0,
+        mantissa * 2.0 ** (1 - bias - mantissa_bits),
+        (1 + mantissa * 2.0**-mantissa_bits) * np.exp2(exponent.astype(np.float64) - bias),
+    )
     if name in ("e4m3", "ue4m3"):
         value[code & 0x7F == 0x7F] = np.nan
     if name == "e5m2":
@@ -57,7 +65,11 @@ def encode(name: str, x: np.ndarray, relu: bool = False) -> np.ndarray:
     upper = np.clip(np.searchsorted(grid, magnitude), 0, len(grid) - 1)
     lower = np.maximum(upper - 1, 0)
     to_lower, to_upper = magnitude - grid[lower], grid[upper] - magnitude
-    pick = np.where(to_lower < to_upper, lower, np.where(to_upper < to_lower, upper, np.where(upper % 2 == 0, upper, lower)))
+    pick = np.where(
+        to_lower < to_upper,
+        lower,
+        np.where(to_upper < to_lower, upper, np.where(upper % 2 == 0, upper, lower)),
+    )
     code = finite[pick] | np.where(np.signbit(x), half, 0)
     return np.where(np.isnan(x), {"e4m3": 0x7F, "e5m2": 0x7F}.get(name, half - 1), code).astype(np.int64)
 

@@ -11,8 +11,26 @@ from dataclasses import dataclass, field
 
 from .report import PtxError
 
-_WIDTHS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "f16x2": 32, "b32": 32,
-           "u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "b128": 128}
+_WIDTHS = {
+    "pred": 1,
+    "b8": 8,
+    "u8": 8,
+    "s8": 8,
+    "b16": 16,
+    "u16": 16,
+    "s16": 16,
+    "f16": 16,
+    "f16x2": 32,
+    "b32": 32,
+    "u32": 32,
+    "s32": 32,
+    "f32": 32,
+    "b64": 64,
+    "u64": 64,
+    "s64": 64,
+    "f64": 64,
+    "b128": 128,
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,8 @@ def _strip_comments(text: str) -> str:
 _ENTRY = re.compile(r"\.(entry|func)\b")
 _VARIABLE = re.compile(
     r"\.(shared|global|const|local)\s+((?:\.\w+\s+|\.align\s+\d+\s+|\.attribute\([^)]*\)\s*)*)\.(\w+)\s+"
-    r"([$\w]+)\s*(\[[^\]]*\])?\s*(?:=\s*(\{[^}]*\}|[^;]+))?;")
+    r"([$\w]+)\s*(\[[^\]]*\])?\s*(?:=\s*(\{[^}]*\}|[^;]+))?;"
+)
 
 
 def _variable(match: re.Match) -> Variable:
@@ -164,7 +183,9 @@ def parse_module(text: str) -> dict[str, Kernel]:
             kernel = _parse_kernel(source, match.end(), brace, end)
             kernels[kernel.name] = kernel
         pos = end + 1
-    outside = "".join(source[a:b] for a, b in zip([0] + [e for _, e in bodies], [s for s, _ in bodies] + [None]))
+    outside = "".join(
+        source[a:b] for a, b in zip([0] + [e for _, e in bodies], [s for s, _ in bodies] + [None])
+    )
     for match in _VARIABLE.finditer(outside):
         for kernel in kernels.values():
             kernel.variables[match.group(4)] = _variable(match)
@@ -205,11 +226,13 @@ class _Body:
     def parse(self) -> None:
         pattern = re.compile(r"\s*(?:([{}])|([$\w]+)\s*:(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
         table = re.compile(r"\s*([$\w]+)\s*:\s*\.branchtargets\s+([^;]+);")
-        while self.source[self.pos:self.end].strip():
+        while self.source[self.pos : self.end].strip():
             branch_table = table.match(self.source, self.pos, self.end)
             match = branch_table or pattern.match(self.source, self.pos, self.end)
             if not match:
-                raise PtxError(f"cannot parse PTX near line {self.line}: {self.source[self.pos:self.pos + 80]!r}")
+                raise PtxError(
+                    f"cannot parse PTX near line {self.line}: {self.source[self.pos:self.pos + 80]!r}"
+                )
             lead = len(match.group(0)) - len(match.group(0).lstrip())
             self.line += self.source.count("\n", self.pos, self.pos + lead)
             if branch_table:
@@ -293,8 +316,14 @@ class _Body:
             operands: list = [Symbol(n) for n in re.findall(r"[$\w]+", rest)]
         else:
             operands = [self._operand(o) for o in _split(rest)] if rest.strip() else []
-        instr = Instr(opcode, operands, self._register(guard) if guard else None, negated == "!", self.line,
-                      re.sub(r"\s+", " ", text))
+        instr = Instr(
+            opcode,
+            operands,
+            self._register(guard) if guard else None,
+            negated == "!",
+            self.line,
+            re.sub(r"\s+", " ", text),
+        )
         if instr.opcode.startswith(("ld.param", "st.param")):
             mem = operands[instr.opcode.startswith("ld")]
             if isinstance(mem.base, Symbol) and mem.base.name in self.call_params:

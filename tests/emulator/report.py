@@ -56,8 +56,12 @@ class LaunchReport:
     dynamic_smem: int
     counters: dict[str, int] = field(default_factory=dict)
     high_water: dict[str, int] = field(default_factory=dict)
-    warp_instructions: dict[int, int] = field(default_factory=dict)  # by warp index within the CTA, summed over CTAs
-    loads: dict[str, int] = field(default_factory=dict)  # bytes of global loads (not TMA) by buffer, a uniform one counted once
+    warp_instructions: dict[int, int] = field(
+        default_factory=dict
+    )  # by warp index within the CTA, summed over CTAs
+    loads: dict[str, int] = field(
+        default_factory=dict
+    )  # bytes of global loads (not TMA) by buffer, a uniform one counted once
     stores: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -80,11 +84,19 @@ class Report:
     def __str__(self) -> str:
         out = []
         for launch in self.launches:
-            out.append(f"{launch.kernel[:80]}: grid {launch.grid} cluster {launch.cluster} block {launch.block} "
-                       f"dynamic SMEM {launch.dynamic_smem} B, {launch.seconds:.2f} s")
-            for title, table in (("counters", launch.counters), ("high water", launch.high_water),
-                                 ("instructions by warp", launch.warp_instructions), ("bytes loaded", launch.loads),
-                                 ("bytes stored", launch.stores)):
+            out.append(
+                f"{launch.kernel[:80]}: grid {launch.grid} cluster {launch.cluster} block {launch.block} "
+                f"dynamic SMEM {launch.dynamic_smem} B, {launch.seconds:.2f} s"
+            )
+            for title, table in (
+                ("counters", launch.counters),
+                ("high water", launch.high_water),
+                ("instructions by warp", launch.warp_instructions),
+                ("bytes loaded", launch.loads),
+                ("bytes stored", launch.stores),
+            ):
                 if table:
-                    out.append(f"  {title}: " + ", ".join(f"{k} {v}" for k, v in sorted(table.items(), key=str)))
+                    out.append(
+                        f"  {title}: " + ", ".join(f"{k} {v}" for k, v in sorted(table.items(), key=str))
+                    )
         return "\n".join(out)

@@ -62,13 +62,21 @@ def gemm_2cta() -> str:
     or.b64 %q, %q, {1 << 46 | 8 << 32 | 1 << 16};
     add.s32 %x, %tmem, {column + 4 * step};
     tcgen05.cp.cta_group::2.32x128b.warpx4 [%x], %q; // @cp_{name}{step}""")
-    stores = "\n".join(f"    st.shared.v4.b32 [%out + {16 * i}], {{{regs('s', 4, 4 * i)}}}; // @stage_out" for i in range(16))
+    stores = "\n".join(
+        f"    st.shared.v4.b32 [%out + {16 * i}], {{{regs('s', 4, 4 * i)}}}; // @stage_out" for i in range(16)
+    )
     adds = "\n".join(f"    add.f32 %s{i}, %s{i}, %t{i};" for i in range(64))
     zeros = "\n".join(f"    mov.b32 %s{i}, 0;" for i in range(64))
-    barriers = "\n".join(f"    mbarrier.init.shared::cta.b64 [%smem + {offset}], {count}; // @init_{name}"
-                         for name, first, number, count in (("full", 0, 3, 1), ("empty", 24, 3, 1), ("acc_full", 48, 2, 1),
-                                                            ("acc_empty", 64, 2, 8))
-                         for offset in range(first, first + 8 * number, 8))
+    barriers = "\n".join(
+        f"    mbarrier.init.shared::cta.b64 [%smem + {offset}], {count}; // @init_{name}"
+        for name, first, number, count in (
+            ("full", 0, 3, 1),
+            ("empty", 24, 3, 1),
+            ("acc_full", 48, 2, 1),
+            ("acc_empty", 64, 2, 8),
+        )
+        for offset in range(first, first + 8 * number, 8)
+    )
     return HEADER + f"""
 .visible .entry gemm(
     .param .align 64 .b8 map_a[128], .param .align 64 .b8 map_b[128], .param .align 64 .b8 map_sfa[128],
@@ -309,17 +317,25 @@ def apply(ptx: str, *edits: Edit) -> str:
 def aligned(count: int, alignment: int = 256) -> torch.Tensor:
     """uint8 memory whose address is a multiple of `alignment`."""
     memory = torch.empty(count + alignment, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % alignment:][:count]
+    return memory[-memory.data_ptr() % alignment :][:count]
 
 
 U16, F32, FP4 = 1, 7, 13  # CUtensorMapDataType
 SWIZZLE_NONE, SWIZZLE_32, SWIZZLE_64, SWIZZLE_128 = range(4)  # CUtensorMapSwizzle
 
 
-def tensor_map(dtype: int, tensor: torch.Tensor, dims: list[int], strides: list[int], box: list[int],
-               swizzle: int = SWIZZLE_NONE) -> bytes:
+def tensor_map(
+    dtype: int,
+    tensor: torch.Tensor,
+    dims: list[int],
+    strides: list[int],
+    box: list[int],
+    swizzle: int = SWIZZLE_NONE,
+) -> bytes:
     """A 128-byte tensor map over `tensor`'s memory; dims and box innermost first, strides in bytes from dim 1 on."""
-    return encode_driver_descriptor(dtype, tensor.data_ptr(), dims, strides, box, [1] * len(dims), swizzle, 0).ljust(128, b"\0")
+    return encode_driver_descriptor(
+        dtype, tensor.data_ptr(), dims, strides, box, [1] * len(dims), swizzle, 0
+    ).ljust(128, b"\0")
 
 
 class GemmProblem:
@@ -360,6 +376,14 @@ class GemmProblem:
     def run(self, ptx: str, **options: object) -> LaunchReport:
         """Poison the output and run the kernel."""
         self.out.fill_(float("nan"))
-        return emulate_ptx(ptx, "gemm", [*self.maps, self.groups, self.tiles], grid=(2 * self.clusters, 1, 1),
-                           block=(192, 1, 1), cluster=(2, 1, 1), smem=SMEM_BYTES,
-                           buffers={"a": self.a, "b": self.b, "sfa": self.sfa, "sfb": self.sfb, "out": self.out}, **options)
+        return emulate_ptx(
+            ptx,
+            "gemm",
+            [*self.maps, self.groups, self.tiles],
+            grid=(2 * self.clusters, 1, 1),
+            block=(192, 1, 1),
+            cluster=(2, 1, 1),
+            smem=SMEM_BYTES,
+            buffers={"a": self.a, "b": self.b, "sfa": self.sfa, "sfb": self.sfb, "out": self.out},
+            **options,
+        )

@@ -29,15 +29,24 @@ def _to_cpu(value: Any) -> Any:
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    def __torch_function__(self, function: Callable, _types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable, _types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = {k: _to_cpu(v) for k, v in (kwargs or {}).items() if k != "pin_memory"}
         if function is torch._scaled_mm and args[0].dtype == torch.float4_e2m1fn_x2:
             return _scaled_mm_fp4(*args, **kwargs)
         return function(*(_to_cpu(a) for a in args), **kwargs)
 
 
-def _scaled_mm_fp4(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: Any = None,
-                   out_dtype: torch.dtype | None = None, **_kwargs: Any) -> torch.Tensor:
+def _scaled_mm_fp4(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: Any = None,
+    out_dtype: torch.dtype | None = None,
+    **_kwargs: Any,
+) -> torch.Tensor:
     """`torch._scaled_mm` for float4_e2m1fn_x2 operands with blocked 1x16 scales, which torch has only on CUDA."""
     table = torch.from_numpy(decode_table("e2m1").copy()).double()
 
@@ -46,7 +55,7 @@ def _scaled_mm_fp4(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scal
         rows, k = data.shape[0], 2 * data.shape[1]
         flat = torch.stack([table[(data & 15).int()], table[(data >> 4).int()]], -1).reshape(rows, k)
         blocks = scales.reshape(-(-rows // 128), -1, 32, 4, 4).double().permute(0, 3, 2, 1, 4)
-        linear = blocks.reshape(-(-rows // 128) * 128, -1)[:rows, :k // 16]
+        linear = blocks.reshape(-(-rows // 128) * 128, -1)[:rows, : k // 16]
         return flat * linear.repeat_interleave(16, 1)
 
     return (values(a, scale_a) @ values(b.t(), scale_b).T).to(out_dtype)
@@ -64,8 +73,13 @@ def _live_tensors(memory: GlobalMemory) -> None:
 
 
 @contextlib.contextmanager
-def gpu_stand_in(schedule: str = "eager", seed: int = 0, num_sms: int = 148, checks: bool = True,
-                 concurrent: int | None = None) -> Iterator[Report]:
+def gpu_stand_in(
+    schedule: str = "eager",
+    seed: int = 0,
+    num_sms: int = 148,
+    checks: bool = True,
+    concurrent: int | None = None,
+) -> Iterator[Report]:
     """Inside, "cuda" tensors are CPU tensors and every CuTe DSL launch is emulated; yields the report that collects them."""
     import cuda.bindings.driver as driver
     import cutlass.base_dsl.runtime.cuda as dsl_cuda
@@ -82,24 +96,46 @@ def gpu_stand_in(schedule: str = "eager", seed: int = 0, num_sms: int = 148, che
 
     success = driver.CUresult.CUDA_SUCCESS
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda _s: None)
-    properties = types.SimpleNamespace(multi_processor_count=num_sms, major=10, minor=0, name="emulated SM100",
-                                       total_memory=1 << 36)
+    properties = types.SimpleNamespace(
+        multi_processor_count=num_sms, major=10, minor=0, name="emulated SM100", total_memory=1 << 36
+    )
     patches = {
-        torch.cuda: dict(is_available=lambda: True, synchronize=lambda *_a: None, current_stream=lambda *_a: stream,
-                         default_stream=lambda *_a: stream, Stream=lambda *_a, **_k: stream, device_count=lambda: 1,
-                         current_device=lambda: 0, set_device=lambda *_a: None, init=lambda: None,
-                         get_device_capability=lambda *_a: (10, 0), get_device_name=lambda *_a: properties.name,
-                         get_device_properties=lambda *_a: properties, empty_cache=lambda: None),
-        torch.Tensor: dict(cuda=lambda self, *_a, **_k: self, pin_memory=lambda self, *_a: self, is_cuda=True),
-        HardwareInfo: dict(__init__=lambda self, *_a, **_k: None,
-                           get_max_active_clusters=lambda self, size, *_a: num_sms // size,
-                           get_device_multiprocessor_count=lambda self: num_sms,
-                           get_l2_cache_size_in_bytes=lambda self: 126 << 20),
-        driver: dict(cuInit=lambda _flags: (success,), cuDeviceGetCount=lambda: (success, 1),
-                     cuDeviceGet=lambda _i: (success, 0), cuCtxGetCurrent=lambda: (success, 1),
-                     cuDevicePrimaryCtxRetain=lambda _d: (success, 1), cuCtxSetCurrent=lambda _c: (success,),
-                     cuStreamCreate=lambda _f: (success, driver.CUstream(0)), cuStreamSynchronize=lambda _s: (success,),
-                     cuCtxSynchronize=lambda: (success,), cuStreamDestroy=lambda _s: (success,)),
+        torch.cuda: dict(
+            is_available=lambda: True,
+            synchronize=lambda *_a: None,
+            current_stream=lambda *_a: stream,
+            default_stream=lambda *_a: stream,
+            Stream=lambda *_a, **_k: stream,
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            set_device=lambda *_a: None,
+            init=lambda: None,
+            get_device_capability=lambda *_a: (10, 0),
+            get_device_name=lambda *_a: properties.name,
+            get_device_properties=lambda *_a: properties,
+            empty_cache=lambda: None,
+        ),
+        torch.Tensor: dict(
+            cuda=lambda self, *_a, **_k: self, pin_memory=lambda self, *_a: self, is_cuda=True
+        ),
+        HardwareInfo: dict(
+            __init__=lambda self, *_a, **_k: None,
+            get_max_active_clusters=lambda self, size, *_a: num_sms // size,
+            get_device_multiprocessor_count=lambda self: num_sms,
+            get_l2_cache_size_in_bytes=lambda self: 126 << 20,
+        ),
+        driver: dict(
+            cuInit=lambda _flags: (success,),
+            cuDeviceGetCount=lambda: (success, 1),
+            cuDeviceGet=lambda _i: (success, 0),
+            cuCtxGetCurrent=lambda: (success, 1),
+            cuDevicePrimaryCtxRetain=lambda _d: (success, 1),
+            cuCtxSetCurrent=lambda _c: (success,),
+            cuStreamCreate=lambda _f: (success, driver.CUstream(0)),
+            cuStreamSynchronize=lambda _s: (success,),
+            cuCtxSynchronize=lambda: (success,),
+            cuStreamDestroy=lambda _s: (success,),
+        ),
         dsl_cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
         cutlass.cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
         testing: dict(benchmark=lambda *_a, **_k: 0.0),

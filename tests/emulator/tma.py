@@ -15,8 +15,19 @@ from .numerics import bf16_bits, bf16_value
 from .report import Fault
 
 # Hardware element codes: (name, bits in global memory). 12 and 13 land in shared memory padded to 16 bytes per 16 elements.
-_TYPES = {0: ("u8", 8), 1: ("u16", 16), 2: ("u32", 32), 4: ("u64", 64), 6: ("f16", 16), 7: ("f32", 32), 9: ("f64", 64),
-          10: ("bf16", 16), 11: ("b4x16", 4), 12: ("b4x16_p64", 4), 13: ("b6x16_p32", 6)}
+_TYPES = {
+    0: ("u8", 8),
+    1: ("u16", 16),
+    2: ("u32", 32),
+    4: ("u64", 64),
+    6: ("f16", 16),
+    7: ("f32", 32),
+    9: ("f64", 64),
+    10: ("bf16", 16),
+    11: ("b4x16", 4),
+    12: ("b4x16_p64", 4),
+    13: ("b6x16_p32", 6),
+}
 _SWIZZLE_XOR = {0: 0, 1: 1, 2: 3, 3: 7}
 
 
@@ -43,7 +54,7 @@ class TensorMap:
         stride of dim 4 / 16, 47:32 bits 39:36 of the four strides; w4, w5, w6 low half: extents - 1; w6 bits 55:32 element
         strides - 1 (3 bits each), 63:56 box[0]-1; w7 bytes 0..3 box[1..4]-1.
         """
-        w = [int.from_bytes(data[8 * i:8 * i + 8], "little") for i in range(8)]
+        w = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(8)]
         if w[1] & 15 != 2:
             raise Fault(f"not a tiled tensor map: version field {w[1] & 15}")
         rank, code = (w[1] >> 4 & 7) + 1, w[1] >> 7 & 15
@@ -55,8 +66,17 @@ class TensorMap:
         strides = tuple((low[i] | (w[3] >> 32 + 4 * i & 15) << 32) * 16 for i in range(rank - 1))
         extents = [w[4] & 0xFFFFFFFF, w[4] >> 32, w[5] & 0xFFFFFFFF, w[5] >> 32, w[6] & 0xFFFFFFFF]
         box = [w[6] >> 56] + [w[7] >> 8 * i & 255 for i in range(4)]
-        return TensorMap(w[0] & ~15, rank, *_TYPES[code], w[1] >> 13 & 3, w[1] >> 19 & 3, bool(w[1] >> 16 & 1), strides,
-                         tuple(e + 1 for e in extents[:rank]), tuple(b + 1 for b in box[:rank]))
+        return TensorMap(
+            w[0] & ~15,
+            rank,
+            *_TYPES[code],
+            w[1] >> 13 & 3,
+            w[1] >> 19 & 3,
+            bool(w[1] >> 16 & 1),
+            strides,
+            tuple(e + 1 for e in extents[:rank]),
+            tuple(b + 1 for b in box[:rank]),
+        )
 
     @property
     def inner_bytes(self) -> int:
@@ -70,20 +90,58 @@ class TensorMap:
 
     @property
     def smem_bytes(self) -> int:
-        return self.packed_bytes if self.type not in ("b4x16_p64", "b6x16_p32") else int(np.prod(self.box, dtype=np.int64))
+        return (
+            self.packed_bytes
+            if self.type not in ("b4x16_p64", "b6x16_p32")
+            else int(np.prod(self.box, dtype=np.int64))
+        )
 
 
-def encode_driver_descriptor(dtype: int, base: int, dims: list[int], strides: list[int], box: list[int],
-                             element_strides: list[int], swizzle: int, fill: int) -> bytes:
+def encode_driver_descriptor(
+    dtype: int,
+    base: int,
+    dims: list[int],
+    strides: list[int],
+    box: list[int],
+    element_strides: list[int],
+    swizzle: int,
+    fill: int,
+) -> bytes:
     """`cuTensorMapEncodeTiled` arguments (driver enum values) to the layout `TensorMap.decode` reads."""
-    codes = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 6, 7: 7, 8: 9, 9: 10, 10: 7, 11: 7, 12: 7, 13: 11, 14: 12, 15: 13}
+    codes = {
+        0: 0,
+        1: 1,
+        2: 2,
+        3: 2,
+        4: 4,
+        5: 4,
+        6: 6,
+        7: 7,
+        8: 9,
+        9: 10,
+        10: 7,
+        11: 7,
+        12: 7,
+        13: 11,
+        14: 12,
+        15: 13,
+    }
     modes = {0: (0, 0), 1: (1, 0), 2: (2, 0), 3: (3, 0), 4: (3, 1), 6: (3, 3)}
     if swizzle not in modes or fill or any(s != 1 for s in element_strides):
-        raise Fault(f"cuTensorMapEncodeTiled: swizzle {swizzle}, fill {fill}, element strides {element_strides} not modelled")
+        raise Fault(
+            f"cuTensorMapEncodeTiled: swizzle {swizzle}, fill {fill}, element strides {element_strides} not modelled"
+        )
     rank = len(dims)
     words = [0] * 16
     words[0] = base
-    words[1] = 2 | rank - 1 << 4 | codes[dtype] << 7 | modes[swizzle][0] << 13 | (dtype in (11, 12)) << 16 | modes[swizzle][1] << 19
+    words[1] = (
+        2
+        | rank - 1 << 4
+        | codes[dtype] << 7
+        | modes[swizzle][0] << 13
+        | (dtype in (11, 12)) << 16
+        | modes[swizzle][1] << 19
+    )
     padded = [s // 16 for s in strides] + [0] * (5 - rank)
     words[1] |= (padded[0] & 0xFFFFFFFF) << 32
     words[2] = padded[1] & 0xFFFFFFFF | (padded[2] & 0xFFFFFFFF) << 32
@@ -129,7 +187,7 @@ class Box:
     full: bool
 
     def window(self) -> np.ndarray:
-        return np.lib.stride_tricks.as_strided(self.buffer.bytes[self.offset:], self.shape, self.strides)
+        return np.lib.stride_tricks.as_strided(self.buffer.bytes[self.offset :], self.shape, self.strides)
 
 
 def clip(memory, tm: TensorMap, coords: tuple[int, ...], what: str) -> tuple[Box | None, tuple[int, ...]]:
@@ -144,7 +202,11 @@ def clip(memory, tm: TensorMap, coords: tuple[int, ...], what: str) -> tuple[Box
     unit = lambda elements: elements * tm.bits // 8  # noqa: E731
     if tm.bits < 8 and (coords[0] * tm.bits % 8 or last[0] * tm.bits % 8):
         raise Fault(f"{what}: coordinate or extent {coords[0]} splits a byte of {tm.bits}-bit elements")
-    start = tm.base + unit(coords[0] + first[0]) + sum((c + f) * s for c, f, s in zip(coords[1:], first[1:], tm.strides))
+    start = (
+        tm.base
+        + unit(coords[0] + first[0])
+        + sum((c + f) * s for c, f, s in zip(coords[1:], first[1:], tm.strides))
+    )
     counts = [b - a for a, b in zip(first, last)]
     inner = unit(counts[0])
     span = inner + sum((n - 1) * s for n, s in zip(counts[1:], tm.strides))
@@ -156,7 +218,9 @@ def clip(memory, tm: TensorMap, coords: tuple[int, ...], what: str) -> tuple[Box
     return Box(buffer, start - buffer.base, shape, strides, where, shape == dense), dense
 
 
-def read_box(memory, tm: TensorMap, coords: tuple[int, ...], check=None, ticket=None) -> tuple[np.ndarray, object]:
+def read_box(
+    memory, tm: TensorMap, coords: tuple[int, ...], check=None, ticket=None
+) -> tuple[np.ndarray, object]:
     """(dense bytes of the box as they lie in shared memory before swizzling, the buffer read or None)."""
     box, dense = clip(memory, tm, coords, "TMA load")
     if box is not None and check is not None and box.buffer.shadow is not None:
@@ -179,8 +243,15 @@ def read_box(memory, tm: TensorMap, coords: tuple[int, ...], check=None, ticket=
     return data, box.buffer if box is not None else None
 
 
-def write_box(memory, tm: TensorMap, coords: tuple[int, ...], data: np.ndarray, reduce: str | None, check=None,
-              ticket=None) -> object:
+def write_box(
+    memory,
+    tm: TensorMap,
+    coords: tuple[int, ...],
+    data: np.ndarray,
+    reduce: str | None,
+    check=None,
+    ticket=None,
+) -> object:
     """Store (or reduce) dense box bytes; out-of-bounds elements are dropped. Returns the buffer written or None."""
     box, dense = clip(memory, tm, coords, "TMA store")
     if box is None:
@@ -200,16 +271,33 @@ def combine(old: np.ndarray, new: np.ndarray, dtype: str, reduce: str) -> np.nda
     if dtype == "bf16":
         a, b = bf16_value(old.view(np.uint16)), bf16_value(new.view(np.uint16))
         return bf16_bits(_REDUCE[reduce](a, b)).astype(np.uint16).view(np.uint8)
-    numpy = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "u8": np.uint8, "u16": np.uint16, "u32": np.uint32,
-             "s32": np.int32, "u64": np.uint64, "s64": np.int64, "b32": np.uint32, "b64": np.uint64}[dtype]
+    numpy = {
+        "f16": np.float16,
+        "f32": np.float32,
+        "f64": np.float64,
+        "u8": np.uint8,
+        "u16": np.uint16,
+        "u32": np.uint32,
+        "s32": np.int32,
+        "u64": np.uint64,
+        "s64": np.int64,
+        "b32": np.uint32,
+        "b64": np.uint64,
+    }[dtype]
     a, b = old.view(numpy), new.view(numpy)
     if reduce in ("inc", "dec"):
         raise Fault(f"bulk reduction .{reduce} is not modelled")
     return np.ascontiguousarray(_REDUCE[reduce](a, b).astype(numpy)).view(np.uint8)
 
 
-_REDUCE = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-           "xor": np.bitwise_xor}
+_REDUCE = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
 
 
 def gather_smem(smem, start: int, tm: TensorMap) -> np.ndarray:
@@ -222,7 +310,7 @@ def gather_smem(smem, start: int, tm: TensorMap) -> np.ndarray:
 def scatter_smem(smem, start: int, tm: TensorMap, data: np.ndarray) -> None:
     smem.check(start, start + tm.smem_bytes, "TMA load write")
     if tm.swizzle == 0:
-        smem.bytes[start:start + len(data)] = data
+        smem.bytes[start : start + len(data)] = data
     else:
         chunks = swizzled_chunks(start, len(data) // 16, tm.swizzle, tm.atom)
         smem.bytes.reshape(-1, 16)[chunks] = data.reshape(-1, 16)

@@ -35,10 +35,10 @@ class TensorMemory:
         if not self.permit:
             raise Fault("tcgen05.alloc after tcgen05.relinquish_alloc_permit")
         for start in range(0, COLUMNS, columns):
-            if not self.allocated[start:start + columns].any():
-                self.allocated[start:start + columns] = True
+            if not self.allocated[start : start + columns].any():
+                self.allocated[start : start + columns] = True
                 self.allocations[start] = columns
-                self.words[:, start:start + columns] = POISON
+                self.words[:, start : start + columns] = POISON
                 high = self.cta.cluster.machine.high_water
                 high["TMEM columns"] = max(high["TMEM columns"], int(self.allocated.sum()))
                 return start
@@ -47,21 +47,27 @@ class TensorMemory:
     def free(self, address: int, columns: int) -> None:
         start = address & 0xFFFF
         if self.allocations.get(start) != columns:
-            raise Fault(f"tcgen05.dealloc of {columns} columns at column {start}, which is not an allocation "
-                        f"(live: {self.allocations or 'none'})")
+            raise Fault(
+                f"tcgen05.dealloc of {columns} columns at column {start}, which is not an allocation "
+                f"(live: {self.allocations or 'none'})"
+            )
         del self.allocations[start]
-        self.allocated[start:start + columns] = False
+        self.allocated[start : start + columns] = False
         self.cta.cluster.machine.wake(self.waiters)
 
     def check_columns(self, start: int, count: int, what: str) -> None:
-        if start < 0 or start + count > COLUMNS or not self.allocated[start:start + count].all():
-            raise Fault(f"{what} of TMEM columns {start}..{start + count} of CTA {self.cta.rank} reaches outside the live "
-                        f"allocations ({ {s: s + n for s, n in self.allocations.items()} or 'none'}: first..end)")
+        if start < 0 or start + count > COLUMNS or not self.allocated[start : start + count].all():
+            raise Fault(
+                f"{what} of TMEM columns {start}..{start + count} of CTA {self.cta.rank} reaches outside the live "
+                f"allocations ({ {s: s + n for s, n in self.allocations.items()} or 'none'}: first..end)"
+            )
 
     def check_released(self) -> None:
         if self.allocations:
-            raise Fault(f"CTA {self.cta.ctaid} exits with TMEM still allocated: "
-                        f"{', '.join(f'{n} columns at {s}' for s, n in self.allocations.items())}")
+            raise Fault(
+                f"CTA {self.cta.ctaid} exits with TMEM still allocated: "
+                f"{', '.join(f'{n} columns at {s}' for s, n in self.allocations.items())}"
+            )
 
 
 @functools.lru_cache(maxsize=None)
@@ -112,7 +118,7 @@ def load(w, address: int, shape: str, repeat: int, cls: str) -> np.ndarray:
     if w.check:
         w.check.tmem_read(w, tmem, lane, rows, column, columns)
     if shape == "32x32b":
-        block = np.ascontiguousarray(tmem.words[lane:lane + 32, column:column + columns].T)
+        block = np.ascontiguousarray(tmem.words[lane : lane + 32, column : column + columns].T)
     else:
         lanes, cols = register_map(shape, repeat)
         block = tmem.words[lanes + lane, cols + column]

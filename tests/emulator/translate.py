@@ -15,64 +15,11 @@ from typing import Callable
 
 import numpy as np
 
-from . import numerics, values
+from . import values
+from .flow import TERMINATORS, Block, Effects, liveness, pending_loads, split_blocks
+from .opcodes import EXIT, NAMESPACE, load_families, lookup
 from .ptx import SINK, Imm, Instr, Kernel, Mem, Not, Reg, Special, Symbol, Vec, parse_module
 from .report import PtxError
-
-BLOCKED, HOLD, EXIT = -1, -2, -3
-
-
-@dataclass(frozen=True)
-class Opcode:
-    emit: Callable
-    starts_block: bool
-
-
-OPCODES: dict[str, Opcode] = {}
-NAMESPACE: dict[str, object] = {"np": np, "N": numerics, **{k: v for k, v in vars(values).items() if k[0] != "_"}}
-
-
-def op(*names: str, starts_block: bool = False) -> Callable:
-    """Register an emitter for opcodes that begin with one of `names` (dotted parts; the longest match wins)."""
-
-    def register(function: Callable) -> Callable:
-        for name in names:
-            OPCODES[name] = Opcode(function, starts_block)
-        return function
-
-    return register
-
-
-def runtime(function: Callable) -> Callable:
-    """Make a function callable from generated code."""
-    NAMESPACE[function.__name__] = function
-    return function
-
-
-def lookup(instr: Instr) -> Opcode:
-    parts = instr.parts
-    for n in range(min(len(parts), 6), 0, -1):
-        found = OPCODES.get(".".join(parts[:n]))
-        if found:
-            return found
-    raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
-
-
-def modifiers(instr: Instr, skip: int, allowed: set[str]) -> set[str]:
-    """The dotted parts after the first `skip`; one that is not in `allowed` is an error."""
-    found = set(instr.parts[skip:])
-    unknown = found - allowed
-    if unknown:
-        raise PtxError(f"line {instr.line}: unknown modifier .{sorted(unknown)[0]} in: {instr.text}")
-    return found
-
-
-@dataclass
-class Effects:
-    """What one instruction does to registers."""
-
-    reads: list[int] = field(default_factory=list)
-    writes: list[int] = field(default_factory=list)
 
 
 class Recorder:
@@ -85,7 +32,7 @@ class Recorder:
         self.wide_votes: dict[int, set[str]] = {}
         self.packed: set[int] = set()  # 64-bit registers that are put together from halves or taken apart
         self.effects = Effects()
-        self.emitting = False
+        self.emitting, self.mask = False, "m"
 
     def find(self, node: tuple[int, int]) -> tuple[int, int]:
         while (parent := self.parent.get(node, node)) != node:
@@ -183,8 +130,11 @@ class Recorder:
             elif reg.width == 64:
                 votes = self.wide_votes.get(reg.index, set())
                 packed = reg.index in self.packed
-                out[reg.index] = ("q" if "q" in votes or not votes and not packed else "v" if "v" in votes
-                                  else ("t", half((reg.index, 0)), half((reg.index, 1))))
+                out[reg.index] = (
+                    "q"
+                    if "q" in votes or not votes and not packed
+                    else "v" if "v" in votes else ("t", half((reg.index, 0)), half((reg.index, 1)))
+                )
             else:
                 out[reg.index] = "o"  # b128: a Python list of four i values
         return out
@@ -204,9 +154,18 @@ def _convert(expr: str, have: object, want: object) -> str:
         if have == "v":
             return f"({', '.join(_convert(f'v_half({expr}, {i})', 'f', want[i + 1]) for i in range(2))})"
         return _convert(f"q2t({_convert(expr, have, 'q')})", ("t", "i", "i"), want)
-    direct = {("i", "f"): "i2f({})", ("f", "i"): "f2i({})", ("q", "v"): "q2v({})", ("v", "q"): "v2q({})",
-              ("q", "d"): "q2d({})", ("d", "q"): "d2q({})", ("d", "v"): "q2v(d2q({}))", ("v", "d"): "q2d(v2q({}))",
-              ("i", "q"): "wrap64({})", ("q", "i"): "wrap32({})"}
+    direct = {
+        ("i", "f"): "i2f({})",
+        ("f", "i"): "f2i({})",
+        ("q", "v"): "q2v({})",
+        ("v", "q"): "v2q({})",
+        ("q", "d"): "q2d({})",
+        ("d", "q"): "d2q({})",
+        ("d", "v"): "q2v(d2q({}))",
+        ("v", "d"): "q2d(v2q({}))",
+        ("i", "q"): "wrap64({})",
+        ("q", "i"): "wrap32({})",
+    }
     return direct[have, want].format(expr)
 
 
@@ -219,7 +178,9 @@ class Generator:
         self.loaded: list[int] = []
         self.known: set[int] = set()
         self.written: list[int] = []
-        self.origin: dict[int, tuple[str, int]] = {}  # register -> (2-D value of a tcgen05.ld, row), while it holds that row
+        self.origin: dict[int, tuple[str, int]] = (
+            {}
+        )  # register -> (2-D value of a tcgen05.ld, row), while it holds that row
         self.temps = 0
         self.indent = ""
         self.mask = "m"
@@ -305,7 +266,10 @@ class Generator:
         elif want == "v":
             rows = [self.origin.get(h.index) if isinstance(h, Reg) else None for h in halves]
             low, high = (self.read(h, "f") for h in halves)
-            if rows[0] and rows[1] == (rows[0][0], rows[0][1] + 1):  # adjacent rows of one load are already packed
+            if rows[0] and rows[1] == (
+                rows[0][0],
+                rows[0][1] + 1,
+            ):  # adjacent rows of one load are already packed
                 self.write(dst, f"{rows[0][0]}[{rows[0][1]}:{rows[0][1] + 2}]", "v")
             else:
                 self.write(dst, f"ff2v({low}, {high})", "v")
@@ -357,15 +321,6 @@ class Generator:
 
 
 @dataclass
-class Block:
-    start: int
-    end: int  # instruction indices
-    successors: list[int] = field(default_factory=list)
-    live_in: frozenset[int] = frozenset()
-    live_out: frozenset[int] = frozenset()
-
-
-@dataclass
 class Program:
     """A kernel ready to run."""
 
@@ -376,59 +331,9 @@ class Program:
     lengths: list[int]
     source: str
     zero_registers: list  # what a register holds before anything writes it: undefined in PTX, zero here
-    pending_loads: dict[int, frozenset[int]] = field(default_factory=dict)  # line -> lines of tcgen05.ld possibly in flight
-
-
-_TERMINATORS = {"bra", "ret", "exit", "brx", "trap"}
-
-
-def _split_blocks(kernel: Kernel) -> list[Block]:
-    instrs = kernel.instrs
-    leaders = {0} | set(kernel.labels.values())
-    for i, instr in enumerate(instrs):
-        if instr.parts[0] in _TERMINATORS:
-            leaders.add(i + 1)
-        elif lookup(instr).starts_block:
-            leaders.add(i)
-    edges = sorted(x for x in leaders if x < len(instrs)) + [len(instrs)]
-    blocks = [Block(a, b) for a, b in zip(edges, edges[1:])]
-    index = {b.start: n for n, b in enumerate(blocks)}
-    for n, block in enumerate(blocks):
-        last = instrs[block.end - 1]
-        kind = last.parts[0]
-        if kind == "bra":
-            block.successors.append(index[kernel.labels[last.operands[0].name]])
-        elif kind == "brx":
-            block.successors.extend(index[kernel.labels[t]] for t in kernel.branch_tables[last.operands[1].name])
-        if (kind not in _TERMINATORS or last.guard is not None) and n + 1 < len(blocks):
-            block.successors.append(n + 1)
-    return blocks
-
-
-def _liveness(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> None:
-    use, define = [], []
-    for block in blocks:
-        used, defined = set(), set()
-        for i in range(block.start, block.end):
-            used.update(r for r in effects[i].reads if r not in defined)
-            if kernel.instrs[i].guard is None:
-                defined.update(effects[i].writes)
-            else:
-                used.update(r for r in effects[i].writes if r not in defined)
-        use.append(used)
-        define.append(defined)
-    changed = True
-    live = [set() for _ in blocks]
-    while changed:
-        changed = False
-        for n in range(len(blocks) - 1, -1, -1):
-            out = set().union(*(live[s] for s in blocks[n].successors)) if blocks[n].successors else set()
-            inside = use[n] | (out - define[n])
-            if inside != live[n]:
-                live[n], changed = inside, True
-            blocks[n].live_out = frozenset(out)
-    for n, block in enumerate(blocks):
-        block.live_in = frozenset(live[n])
+    pending_loads: dict[int, frozenset[int]] = field(
+        default_factory=dict
+    )  # line -> lines of tcgen05.ld possibly in flight
 
 
 def translate(kernel: Kernel) -> Program:
@@ -437,7 +342,7 @@ def translate(kernel: Kernel) -> Program:
     for instr in kernel.instrs:
         recorder.effects = Effects()
         recorder.begin_guard(instr)
-        if instr.parts[0] in _TERMINATORS:
+        if instr.parts[0] in TERMINATORS:
             if instr.parts[0] == "brx":
                 recorder.read(instr.operands[0], "i")
         else:
@@ -448,8 +353,8 @@ def translate(kernel: Kernel) -> Program:
             except Exception as error:
                 raise PtxError(f"line {instr.line}: cannot translate: {instr.text} ({error!r})") from error
         effects.append(recorder.effects)
-    blocks = _split_blocks(kernel)
-    _liveness(kernel, blocks, effects)
+    blocks = split_blocks(kernel)
+    liveness(kernel, blocks, effects)
     classes = recorder.classes()
     constants: dict[str, object] = {}
     index = {b.start: n for n, b in enumerate(blocks)}
@@ -461,61 +366,29 @@ def translate(kernel: Kernel) -> Program:
     exec(compile(text, f"<ptx {kernel.name[:40]}>", "exec"), namespace)  # noqa: S102
     functions = [namespace[f"b{n}"] for n in range(len(blocks))]
     zeros = [_zero(classes[r.index]) for r in kernel.registers]
-    return Program(kernel, blocks, functions, [b.live_in for b in blocks], [b.end - b.start for b in blocks], text, zeros,
-                   pending_loads(kernel, blocks, effects))
+    return Program(
+        kernel,
+        blocks,
+        functions,
+        [b.live_in for b in blocks],
+        [b.end - b.start for b in blocks],
+        text,
+        zeros,
+        pending_loads(kernel, blocks, effects),
+    )
 
 
 def _zero(cls: object) -> object:
     if isinstance(cls, tuple):
         return _zero(cls[1]), _zero(cls[2])
-    return {"p": False, "i": 0, "q": 0, "f": np.float32(0), "v": np.zeros((2, 1), np.float32), "o": [0, 0, 0, 0]}[cls]
-
-
-def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> dict[int, frozenset[int]]:
-    """For each instruction's line, the tcgen05.ld (by line) whose result may not have arrived when it executes.
-
-    A load has arrived once tcgen05.wait::ld executes or an instruction uses one of its results; a move is no use, for
-    ptxas removes moves.
-    """
-    instrs = kernel.instrs
-    results: dict[int, set[int]] = {i: set(effects[i].writes) for i, x in enumerate(instrs) if x.opcode.startswith("tcgen05.ld")}
-    if not results:
-        return {}
-    moves = [i for i, x in enumerate(instrs) if x.parts[0] == "mov"]
-    for regs in results.values():
-        grown = True
-        while grown:
-            size = len(regs)
-            for i in moves:
-                if not regs.isdisjoint(effects[i].reads):
-                    regs.update(effects[i].writes)
-            grown = len(regs) != size
-    users: dict[int, set[int]] = {}  # register -> loads it ends when used
-    for load, regs in results.items():
-        for r in regs:
-            users.setdefault(r, set()).add(load)
-    entering: list[set[int]] = [set() for _ in blocks]
-    out: dict[int, frozenset[int]] = {}
-    work = list(range(len(blocks)))
-    while work:
-        n = work.pop(0)
-        pending = set(entering[n])
-        for i in range(blocks[n].start, blocks[n].end):
-            x = instrs[i]
-            if x.opcode.startswith("tcgen05.wait::ld"):
-                pending.clear()
-            elif x.parts[0] != "mov":
-                for r in effects[i].reads:
-                    if r in users:
-                        pending -= users[r]
-            out[x.line] = frozenset(instrs[j].line for j in pending)
-            if i in results:
-                pending.add(i)
-        for s in blocks[n].successors:
-            if not pending <= entering[s]:
-                entering[s] |= pending
-                work.append(s)
-    return {line: loads for line, loads in out.items() if loads}
+    return {
+        "p": False,
+        "i": 0,
+        "q": 0,
+        "f": np.float32(0),
+        "v": np.zeros((2, 1), np.float32),
+        "o": [0, 0, 0, 0],
+    }[cls]
 
 
 def _block_source(kernel: Kernel, n: int, block: Block, classes: dict, constants: dict, index: dict) -> str:
@@ -524,7 +397,7 @@ def _block_source(kernel: Kernel, n: int, block: Block, classes: dict, constants
     for i in range(block.start, block.end):
         instr = kernel.instrs[i]
         kind = instr.parts[0]
-        if kind in _TERMINATORS:
+        if kind in TERMINATORS:
             final = _terminator(gen, instr, n, kernel, index)
         else:
             gen.begin_guard(instr)
@@ -558,7 +431,9 @@ def _terminator(gen: Generator, instr: Instr, n: int, kernel: Kernel, index: dic
     guard = gen.read(instr.guard, "p")
     taken, other = (n + 1, target) if instr.guard_negated else (target, n + 1)
     gen.line(f"c = {guard}")
-    return f"return ({taken} if c else {other}) if c is True or c is False else w.branch(m, c, {taken}, {other})"
+    return (
+        f"return ({taken} if c else {other}) if c is True or c is False else w.branch(m, c, {taken}, {other})"
+    )
 
 
 _cache: dict[int, dict[str, Program]] = {}
@@ -566,8 +441,7 @@ _cache: dict[int, dict[str, Program]] = {}
 
 def program(ptx: str, kernel: str) -> Program:
     """The translated kernel, cached by PTX text."""
-    from . import isa_async, isa_float, isa_int, isa_memory, isa_sync, isa_tcgen05  # noqa: F401 - fill OPCODES
-
+    load_families()
     programs = _cache.setdefault(hash(ptx), {})
     if kernel not in programs:
         parsed = parse_module(ptx)

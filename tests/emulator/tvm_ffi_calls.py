@@ -31,7 +31,10 @@ class PackedTensor:
             shape[inner] *= 2
             stride = [s if i == inner else 2 * s for i, s in enumerate(stride)]
         default = {"shape": 32, "stride": 32 if getattr(like, "_use_32bit_stride", False) else 64}
-        for kind, numbers, mask in (("shape", shape, like.dynamic_shapes_mask), ("stride", stride, like.dynamic_strides_mask)):
+        for kind, numbers, mask in (
+            ("shape", shape, like.dynamic_shapes_mask),
+            ("stride", stride, like.dynamic_strides_mask),
+        ):
             symbols = getattr(like, kind)
             for i, dynamic in enumerate(mask):
                 if dynamic:
@@ -61,7 +64,9 @@ class Caller:
         names = list(compiled.execution_args.signature.parameters)
         original = compiled.execution_args.original_signature
         parameters = [p for n, p in original.parameters.items() if n != "self" or "self" in names]
-        bound = inspect.Signature(parameters).bind_partial(*args, **{k: v for k, v in kwargs.items() if k in original.parameters})
+        bound = inspect.Signature(parameters).bind_partial(
+            *args, **{k: v for k, v in kwargs.items() if k in original.parameters}
+        )
         bound.apply_defaults()
         self._like = [bound.arguments.get(n) for n in names]
 
@@ -80,7 +85,11 @@ class Caller:
 
     def _convert(self, value: Any, like: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return PackedTensor(value, like) if hasattr(like, "dynamic_shapes_mask") else _Address(value.data_ptr())
+            return (
+                PackedTensor(value, like)
+                if hasattr(like, "dynamic_shapes_mask")
+                else _Address(value.data_ptr())
+            )
         if isinstance(value, (list, tuple)) and isinstance(like, (list, tuple)):
             return type(value)(self._convert(v, x) for v, x in zip(value, like))
         return value
@@ -105,5 +114,8 @@ def native_calls() -> Iterator[None]:
     def plain(*args: Any, enable_tvm_ffi: bool = False, **kwargs: Any) -> Any:
         return from_dlpack(*args, **kwargs)
 
-    with mock.patch.object(CompileCallable, "__call__", call), mock.patch.object(runtime, "from_dlpack", plain):
+    with (
+        mock.patch.object(CompileCallable, "__call__", call),
+        mock.patch.object(runtime, "from_dlpack", plain),
+    ):
         yield

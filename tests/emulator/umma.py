@@ -40,9 +40,13 @@ class SmemDescriptor:
         if swizzle not in (0, 1, 2, 4, 6):
             raise Fault(f"matrix descriptor {bits:#018x} has unknown swizzle {swizzle}")
         if base_offset or mode:
-            raise Fault(f"matrix descriptor {bits:#018x}: base offset {base_offset} and leading-dimension mode {mode} "
-                        "are not modelled")
-        return SmemDescriptor((bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4, swizzle)
+            raise Fault(
+                f"matrix descriptor {bits:#018x}: base offset {base_offset} and leading-dimension mode {mode} "
+                "are not modelled"
+            )
+        return SmemDescriptor(
+            (bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4, swizzle
+        )
 
 
 _PITCH = {0: 16, 1: 128, 2: 128, 4: 64, 6: 32}
@@ -84,7 +88,12 @@ def mn_major_elements(desc: SmemDescriptor, rows: int, depth: int, size: int) ->
     else:
         w = _PITCH[desc.swizzle] // size
         group = 4 if desc.swizzle == 1 else 8
-        address = (i % w) * size + (i // w) * desc.lbo + (k % group) * _PITCH[desc.swizzle] + (k // group) * desc.sbo
+        address = (
+            (i % w) * size
+            + (i // w) * desc.lbo
+            + (k % group) * _PITCH[desc.swizzle]
+            + (k // group) * desc.sbo
+        )
     return swizzled(address + desc.start, desc.swizzle)
 
 
@@ -115,18 +124,38 @@ class InstructionDescriptor:
     def decode(bits: int, kind: str) -> InstructionDescriptor:
         a, b = bits >> 7 & 7, bits >> 10 & 7
         eight = {0: "e4m3", 1: "e5m2", 3: "e2m3", 4: "e3m2", 5: "e2m1"}
-        names = {"f16": {0: "f16", 1: "bf16"}, "tf32": {2: "tf32"}, "f8f6f4": eight, "mxf8f6f4": eight,
-                 "mxf4": {1: "e2m1"}, "mxf4nvf4": {1: "e2m1"}, "i8": {0: "u8", 1: "s8"}}[kind]
+        names = {
+            "f16": {0: "f16", 1: "bf16"},
+            "tf32": {2: "tf32"},
+            "f8f6f4": eight,
+            "mxf8f6f4": eight,
+            "mxf4": {1: "e2m1"},
+            "mxf4nvf4": {1: "e2m1"},
+            "i8": {0: "u8", 1: "s8"},
+        }[kind]
         scaled = kind.startswith("mx")
         d = "f32" if scaled else {0: "f16", 1: "f32", 2: "s32"}.get(bits >> 4 & 3, "?")
         if a not in names or b not in names or d == "?":
-            raise Fault(f"instruction descriptor {bits:#010x}: formats A {a}, B {b}, D {d} do not exist for kind::{kind}")
+            raise Fault(
+                f"instruction descriptor {bits:#010x}: formats A {a}, B {b}, D {d} do not exist for kind::{kind}"
+            )
         if bits & 4 or (scaled and bits >> 31):
             raise Fault(f"instruction descriptor {bits:#010x}: sparsity and K = 96 are not modelled")
         m = (bits >> 24 & 31) * 16
-        return InstructionDescriptor(d, names[a], names[b], m, (bits >> 17 & 63) * 8, bool(bits >> 13 & 1),
-                                     bool(bits >> 14 & 1), bool(bits >> 15 & 1), bool(bits >> 16 & 1),
-                                     "ue8m0" if bits >> 23 & 1 else "ue4m3", bits >> 29 & 3, bits >> 4 & 3)
+        return InstructionDescriptor(
+            d,
+            names[a],
+            names[b],
+            m,
+            (bits >> 17 & 63) * 8,
+            bool(bits >> 13 & 1),
+            bool(bits >> 14 & 1),
+            bool(bits >> 15 & 1),
+            bool(bits >> 16 & 1),
+            "ue8m0" if bits >> 23 & 1 else "ue4m3",
+            bits >> 29 & 3,
+            bits >> 4 & 3,
+        )
 
 
 # K elements and 16-byte chunks per row of one instruction: 32 bytes of operand for every dense kind.
@@ -226,7 +255,9 @@ def accumulator_index(layout: str, rows: int, n: int) -> tuple[np.ndarray, np.nd
     return i + 128 // parts * (j // width), j % width + 0 * i
 
 
-def scale_factors(tmem, address: int, sf_id: int, rows: int, count: int, fmt: str, halves: bool) -> np.ndarray:
+def scale_factors(
+    tmem, address: int, sf_id: int, rows: int, count: int, fmt: str, halves: bool
+) -> np.ndarray:
     """float64[rows, count] scale factors (PTX ISA, "Scale factor layout"): byte j of row r is at lane r%32 (replicated to
     the other three sub-partitions), column base + r/32, byte sf_id + j. `halves` is SFB of cta_group::2 with M = 128: the
     second half of N is read at lanes 64.. with the column restarting."""
@@ -283,14 +314,22 @@ class Mma:
             if self.block:
                 halves = group == 2 and idesc.m == 128
                 columns = scale_columns(idesc.n // 2 if halves else idesc.n)
-                check.async_tmem_read(ticket, cta.tmem, slice(0, 2), self.sfa & 0xFFFF, scale_columns(rows), "SFA")
+                check.async_tmem_read(
+                    ticket, cta.tmem, slice(0, 2), self.sfa & 0xFFFF, scale_columns(rows), "SFA"
+                )
                 for first in (0, 4) if halves else (0,):
-                    check.async_tmem_read(ticket, cta.tmem, slice(first, first + 2), self.sfb & 0xFFFF, columns, "SFB")
-            check.async_tmem_write(ticket, cta.tmem, _LANE_GROUPS[layout], self.d & 0xFFFF, self._width(layout), self.accumulate)
+                    check.async_tmem_read(
+                        ticket, cta.tmem, slice(first, first + 2), self.sfb & 0xFFFF, columns, "SFB"
+                    )
+            check.async_tmem_write(
+                ticket, cta.tmem, _LANE_GROUPS[layout], self.d & 0xFFFF, self._width(layout), self.accumulate
+            )
 
     def _b_offsets(self, group: int) -> np.ndarray:
         idesc = self.idesc
-        return operand_offsets(SmemDescriptor.decode(self.b), idesc.n // group, idesc.b, idesc.b_mn, self.kind)
+        return operand_offsets(
+            SmemDescriptor.decode(self.b), idesc.n // group, idesc.b, idesc.b_mn, self.kind
+        )
 
     def _width(self, layout: str) -> int:
         return self.idesc.n // {"direct": 1, "sixteens": 1, "halves": 2, "ws32": 4}[layout]
@@ -317,7 +356,7 @@ class Mma:
             column = self.a & 0xFFFF
             cta.tmem.check_columns(column, 8, "matrix A read")
             lanes = np.arange(rows) if rows == 128 else np.arange(rows) % 16 + 32 * (np.arange(rows) // 16)
-            data = np.ascontiguousarray(cta.tmem.words[lanes, column:column + 8]).view(np.uint8)
+            data = np.ascontiguousarray(cta.tmem.words[lanes, column : column + 8]).view(np.uint8)
             values = decode_rows(data, idesc.a, self.kind in ("mxf4", "mxf4nvf4"))
         return -values if idesc.negate_a else values
 
@@ -325,7 +364,10 @@ class Mma:
         idesc, count = self.idesc, DEPTH[self.kind] // self.block
         halves = group == 2 and idesc.m == 128
         out = []
-        for name, values, address, sf_id in (("SFA", a, self.sfa, idesc.sfa_id), ("SFB", b, self.sfb, idesc.sfb_id)):
+        for name, values, address, sf_id in (
+            ("SFA", a, self.sfa, idesc.sfa_id),
+            ("SFB", b, self.sfb, idesc.sfb_id),
+        ):
             split = halves and name == "SFB"
             rows = len(values)
             columns = scale_columns(rows // 2 if split else rows)
@@ -346,7 +388,11 @@ class Mma:
             old = tmem.words[where].view(np.int32).astype(np.float64) if self.accumulate else 0
             new = np.clip(product + old, -(1 << 31), (1 << 31) - 1).astype(np.int32).view(np.uint32)
         elif self.idesc.d == "f16":
-            old = tmem.words[where].astype(np.uint16).view(np.float16).astype(np.float64) if self.accumulate else 0
+            old = (
+                tmem.words[where].astype(np.uint16).view(np.float16).astype(np.float64)
+                if self.accumulate
+                else 0
+            )
             new = (product + old * 2.0**-self.scale_d).astype(np.float16).view(np.uint16).astype(np.uint32)
         else:
             if self.accumulate:
@@ -361,7 +407,7 @@ class Mma:
 
     def _disabled_lanes(self, index: int) -> np.ndarray:
         """bool[128]: lanes the disable-output-lane vector keeps; 4 words per CTA, CTA 0's first."""
-        words = self.disabled[4 * index:4 * index + 4] if len(self.disabled) == 8 else self.disabled
+        words = self.disabled[4 * index : 4 * index + 4] if len(self.disabled) == 8 else self.disabled
         return np.array([words[lane // 32] >> lane % 32 & 1 for lane in range(128)], bool)
 
 
@@ -417,4 +463,4 @@ def copy_to_tmem(ctas: list, address: int, desc_bits: int, shape: str, source: s
             data = expand_narrow(data, source)
         words = np.ascontiguousarray(data).view(np.uint32)
         for copies in zip(*lanes):
-            cta.tmem.words[np.array(copies), column:column + width] = words
+            cta.tmem.words[np.array(copies), column : column + width] = words

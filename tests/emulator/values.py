@@ -322,7 +322,9 @@ def lop3(a, b, c, table):
     out = 0
     for bit in range(8):
         if table >> bit & 1:
-            out = out | ((a if bit & 4 else a ^ M32) & (b if bit & 2 else b ^ M32) & (c if bit & 1 else c ^ M32))
+            out = out | (
+                (a if bit & 4 else a ^ M32) & (b if bit & 2 else b ^ M32) & (c if bit & 1 else c ^ M32)
+            )
     return out
 
 
@@ -355,7 +357,11 @@ def _f32_like(x):
 
 
 def relu(x):
-    return _f32_like(np.where(np.isnan(x), x, np.maximum(x, _f32(0)))) if type(x) is _ndarray else _f32(max(x, 0))
+    return (
+        _f32_like(np.where(np.isnan(x), x, np.maximum(x, _f32(0))))
+        if type(x) is _ndarray
+        else _f32(max(x, 0))
+    )
 
 
 def saturate(x):
@@ -367,8 +373,13 @@ def funary(name, x):
     y = np.asarray(x, _f64)
     with np.errstate(all="ignore"):
         result = {
-            "rcp": lambda: 1.0 / y, "sqrt": lambda: np.sqrt(y), "rsqrt": lambda: 1.0 / np.sqrt(y),
-            "ex2": lambda: np.exp2(y), "lg2": lambda: np.log2(y), "sin": lambda: np.sin(y), "cos": lambda: np.cos(y),
+            "rcp": lambda: 1.0 / y,
+            "sqrt": lambda: np.sqrt(y),
+            "rsqrt": lambda: 1.0 / np.sqrt(y),
+            "ex2": lambda: np.exp2(y),
+            "lg2": lambda: np.log2(y),
+            "sin": lambda: np.sin(y),
+            "cos": lambda: np.cos(y),
             "tanh": lambda: np.tanh(y),
         }[name]()
     return result.astype(_f32) if type(x) is _ndarray else _f32(result)
