@@ -93,7 +93,7 @@ def _gathered(
     fc2_routed[(strips, sets)](
         weights, factors, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, SETS=sets, WIDTH=width, WARPS=tactic.num_warps,
-        HAS_DENSE=has_dense, num_warps=tactic.num_warps, maxnreg=registers(tactic),
+        STAGES=tactic.num_stages, HAS_DENSE=has_dense, num_warps=tactic.num_warps, maxnreg=registers(tactic),
     )  # fmt: skip
     if has_dense:
         fc2_dense[(programs,)](

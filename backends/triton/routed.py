@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import load4_always, load4_cached, multiply1, multiply2
+from backends.triton.fragments import load4_always, load4_cached, multiply1, multiply2, prefetch
 
 # Rows of the sums between programs: their stride would otherwise be a power of two, and all programs, which follow the
 # same list of tokens, would crowd the same slices of the L2.
@@ -20,7 +20,7 @@ _STORE2 = gl.constexpr(
 def fc2_routed(
     w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr, WIDTH: gl.constexpr,
-    WARPS: gl.constexpr, HAS_DENSE: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, HAS_DENSE: gl.constexpr,
 ):  # fmt: skip
     """16 * WARPS rows of B and every SETS-th item per program; an item is up to WIDTH (8 or 16) tokens of an expert.
 
@@ -78,6 +78,15 @@ def fc2_routed(
     weights = (w_data + block * 1024 + half * 128 + lane * 4, w_scale + block * 128 + lane * 4, rows32)
     item = _item(items, part, steps, CHUNKS)
     after = _item(items, part + SETS, steps, CHUNKS)
+    if STAGES == 2:
+        # Each warp of a pair that shares 32 rows brings half of their chunk into the L2 two items ahead: 36 lines of 128
+        # bytes. Requests into registers are one item ahead, and a thread has only six scoreboards to wait for them by.
+        line = half * 18 + lane
+        lines = gl.where(line < 32, w_data + block * 1024 + line * 32, w_scale + block * 128 + (line - 32) * 32)
+        line_step = gl.where(line < 32, 1024, 128) * rows32
+        has_line = (lane < 18).to(gl.int32)
+        prefetch(lines + _chunk(after, part + SETS, CHUNKS) * line_step, has_line)
+        later = _item(items, part + 2 * SETS, steps, CHUNKS)
     acts = _activation_pointer(lists_of, item, part, CHUNKS, WIDTH)
     has_token, has_second = _members(item, lane)
     data, factors = _weight_pointers(weights, item, part, CHUNKS)
@@ -102,7 +111,12 @@ def fc2_routed(
         turned = (_turned(scale[0], half), _turned(scale[1], half), _turned(scale[2], half), _turned(scale[3], half))
         scale = load4_always(factors)
         listed = _listed(lists_of, after, WIDTH)
-        after = _item(items, step + 2 * SETS, steps, CHUNKS)
+        if STAGES == 2:
+            after = later
+            prefetch(lines + _chunk(after, step + 2 * SETS, CHUNKS) * line_step, has_line)
+            later = _item(items, step + 3 * SETS, steps, CHUNKS)
+        else:
+            after = _item(items, step + 2 * SETS, steps, CHUNKS)
         following = ()
         b_following = ()
         c_following = ()
@@ -146,9 +160,14 @@ def _members(item, lane):
 
 
 @gluon.jit
+def _chunk(item, step, CHUNKS: gl.constexpr):
+    return (item & 65535) * CHUNKS + step % CHUNKS
+
+
+@gluon.jit
 def _weight_pointers(weights, item, step, CHUNKS: gl.constexpr):
     w_data, w_scale, rows32 = weights
-    chunk = ((item & 65535) * CHUNKS + step % CHUNKS) * rows32
+    chunk = _chunk(item, step, CHUNKS) * rows32
     return w_data + chunk * 1024, w_scale + chunk * 128
 
 
