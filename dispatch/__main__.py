@@ -19,7 +19,7 @@ from dispatch.errors import ArgumentError, Fc2Error
 from dispatch.hardware import GPUS
 from dispatch.measured import Table
 from dispatch.shapes import SHAPES
-from dispatch.tune import ROUNDS, autotune
+from dispatch.tune import ROUNDS, autotune, judge
 
 #: Token counts that `tune` takes where none are named.
 DEFAULT_MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -66,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--again", action="store_true", help="measure anew what is tuned already")
     tune.add_argument("--no-refine", action="store_true", help="only the token counts given")
     tune.set_defaults(run=_tune)
+
+    judge_ = commands.add_parser("judge", help="time candidates at token counts and compare with what is decided without that")
+    _shape_arguments(judge_)
+    judge_.add_argument("--m", type=_numbers, default=(5, 23, 77, 150, 333), help="token counts (default %(default)s)")
+    judge_.add_argument("--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)")
+    judge_.add_argument("--backends", type=_words, help="backends to include; default those that auto may take")
+    judge_.add_argument("--candidates", type=int, default=12, help="tactics per problem at most (default %(default)s)")
+    judge_.add_argument("--plain", action="store_true", help="also weights that are not prepared")
+    judge_.set_defaults(run=_judge)
 
     fit = commands.add_parser("fit", help="fit the model to a table, write its constants and show how far to trust it")
     fit.add_argument("table", type=Path)
@@ -159,14 +168,40 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(arguments: argparse.Namespace) -> int:
-    device = _device(None)
+def _as_deployed(arguments: argparse.Namespace) -> list[Fc2Problem]:
+    """The problems with weights as the backends of this device prepare them."""
     problems = []
     for problem in _problems(arguments, max(arguments.m)):
-        layouts = [] if arguments.b_layout != "128x4" else prepared_layouts(problem, device, arguments.backends)
+        layouts = [] if arguments.b_layout != "128x4" else prepared_layouts(problem, _device(None), arguments.backends)
         if arguments.plain or not layouts:
             layouts.append(arguments.b_layout)
         problems += [replace(problem, b_layout=layout) for layout in layouts]
+    return problems
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    results = judge(
+        _as_deployed(arguments),
+        ms=arguments.m,
+        budget_s=arguments.budget,
+        backends=arguments.backends,
+        candidates=arguments.candidates,
+    )
+    for r in results:
+        p = r.problem
+        print(
+            f"m={p.m} n={p.n} k={p.k} experts={p.experts} b={p.b_layout} {r.alpha}: {r.chosen} ({r.source}) "
+            f"{r.seconds * 1e6:.2f} us, best {r.best} {r.best_seconds * 1e6:.2f} us, regret {r.regret:.1%}"
+        )
+    if results:
+        worst = max(r.regret for r in results)
+        print(f"regret over {len(results)} problems: geomean {calibrate.geomean_regret(results):.1%}, worst {worst:.1%}")
+    return 0 if results else 1
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    device = _device(None)
+    problems = _as_deployed(arguments)
     print(f"{len(problems)} shapes x {len(arguments.m)} token counts on {device.name}, {ROUNDS} samples per tactic")
     report = autotune(
         problems,

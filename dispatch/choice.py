@@ -295,7 +295,7 @@ def choose(
         seconds=taken.estimate.seconds if taken.estimate else None,
         alpha=taken.estimate.alpha if taken.estimate else evidence.alpha,
         candidates=(taken, *others, *rejected),
-        notes=_notes(taken, measured),
+        notes=_notes(taken, source, problem, measured),
         warning=_warning(taken, problem, rejected),
     )
 
@@ -457,8 +457,11 @@ def _nothing_runs(names: list[str], rejected: list[Candidate], backend: str, pin
     return f"no backend can run this call{f' with tactic {pin}' if pin else ''}:\n{reasons}"
 
 
-def _notes(taken: Candidate, measured: Measured) -> tuple[str, ...]:
+def _notes(taken: Candidate, source: str, problem: Fc2Problem, measured: Measured) -> tuple[str, ...]:
     notes = []
+    if source in ("default", "model") and problem.device_type == "cuda":
+        sizes = f"--n {problem.n} --k {problem.k} --experts {problem.experts}"
+        notes.append(f"this was not measured; `python -m dispatch tune {sizes}` does that")
     if measured.foreign and taken.estimate:
         notes.append(f"times are from {measured.foreign}, the nearest GPU with a table; tune to measure this one")
     return tuple(notes)

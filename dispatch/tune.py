@@ -21,6 +21,7 @@ from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch import environment, store
 from dispatch.candidates import Point, coarse_to_fine, next_m, plan
+from dispatch.choice import choose
 from dispatch.errors import ArgumentError, UnavailableError
 from dispatch.execute import forget_plans, problem_of
 from dispatch.isolation import WorkerDied, WorkerProcess, importable_backends
@@ -137,11 +138,7 @@ def autotune(
         problems = [problem_of(what, b, alpha, torch.bfloat16)]
     else:
         problems = [what] if isinstance(what, Fc2Problem) else list(what)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _device(device)
     info = DeviceInfo.of(device)
     problems = [replace(p, device_type=info.type, capability=info.capability) for p in problems]
     if ms is not None:
@@ -154,6 +151,80 @@ def autotune(
             raise ArgumentError(f"backend is {name!r}; known: {', '.join(registry.names())}")
     tuner = _Tuner(str(device), info, budget_s, backends, candidates, again)
     return tuner.run(points, refine, progress)
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What a decision cost at a problem that was measured only to judge it.
+
+    Attributes:
+        problem, alpha: the point.
+        source: of the decision.
+        chosen, seconds: what was decided, and its time.
+        best, best_seconds: the fastest of all candidates.
+    """
+
+    problem: Fc2Problem
+    alpha: str
+    source: str
+    chosen: Tactic
+    seconds: float
+    best: Tactic
+    best_seconds: float
+
+    @property
+    def regret(self) -> float:
+        """Time of the chosen over the best, minus 1."""
+        return self.seconds / self.best_seconds - 1
+
+
+def judge(
+    problems: Sequence[Fc2Problem],
+    *,
+    ms: Sequence[int],
+    budget_s: float = 300.0,
+    backends: Optional[Sequence[str]] = None,
+    device: Optional[torch.device | str] = None,
+    candidates: int = 12,
+    progress: bool = True,
+) -> list[Regret]:
+    """How good decisions are: time all candidates at these token counts and compare with what is decided without that.
+
+    Nothing is stored. Arguments are as of `autotune`; problems whose chosen tactic did not run are left out.
+    """
+    device = _device(device)
+    info = DeviceInfo.of(device)
+    points = [
+        Point(replace(p, m=m, device_type=info.type, capability=info.capability), wanted_alpha(p))
+        for p in problems
+        for m in ms
+    ]
+    tuner = _Tuner(str(device), info, budget_s, backends, candidates, again=True, keep=False)
+    report = tuner.run(points, refine=False, progress=progress)
+    known = store.measured_for(info)
+    found = []
+    for point in report.done:
+        problem = table_problem(point.problem)
+        times = {e.tactic: e.seconds for e in report.entries if e.problem == problem and e.seconds is not None}
+        decision = choose(point.problem, info, known)
+        if decision.tactic in times:
+            best = min(times, key=lambda t: times[t])
+            found.append(
+                Regret(
+                    point.problem, point.alpha, decision.source, decision.tactic, times[decision.tactic], best, times[best]
+                )
+            )
+    return found
+
+
+def _device(device: Optional[torch.device | str]) -> torch.device:
+    """The device named, with its index, or the default one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _check(point: Point) -> None:
@@ -176,12 +247,14 @@ class _Tuner:
         backends: Optional[Sequence[str]],
         candidates: int,
         again: bool,
+        keep: bool = True,
     ) -> None:
         self.device, self.info, self.backends, self.limit, self.again = device, info, backends, candidates, again
         self.started = time.monotonic()
         self.deadline = self.started + budget_s
         self.worker: Optional[WorkerProcess] = None
         self.set_up: Optional[Point] = None
+        self.keep = keep
         self.report = TuneReport(path=str(store.user_path(info.name)))
         # Times by (shape, alpha), then m: what refinement looks at.
         self.times: dict[tuple, dict[int, dict[Tactic, float]]] = {}
@@ -275,8 +348,9 @@ class _Tuner:
         self.report.entries += entries
         self.report.done.append(point)
         self._note(point, entries)
-        self.report.unsaved = store.save(self.info.name, entries) or self.report.unsaved
-        store.remember(self.info, entries)
+        if self.keep:
+            self.report.unsaved = store.save(self.info.name, entries) or self.report.unsaved
+            store.remember(self.info, entries)
 
     def _attempt(self, point: Point, request: Mapping[str, Any], seconds: float) -> dict:
         """The final answer to a request; a worker that died is replaced at the next one."""

@@ -24,7 +24,6 @@ import torch
 
 from backends import registry
 from backends.interface import Fc2Backend, Operand
-from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch import check, inputs
@@ -39,6 +38,37 @@ _MEMORY_SHARE = 0.5
 _SEED = 20260825
 
 
+class Weights:
+    """B of one shape on the device, with copies to rotate through; kept between problems, since making it takes seconds."""
+
+    def __init__(self, n: int, k: int, device: torch.device) -> None:
+        self.plain = inputs.random_operand(n, k, inputs.WEIGHT_STD, inputs.generator(device, _SEED))
+        self._layout = ""
+        self._copies: list[Operand] = []
+
+    def arranged(self, layout: str, count: int) -> list[Operand]:
+        """Up to `count` copies in a layout, as many as a share of the free memory holds, one at least."""
+        if layout != self._layout:
+            self._copies = []  # free their memory first
+            self._copies, self._layout = [self._arrange(layout)], layout
+        first, device = self._copies[0], self.plain.device
+        room = 1
+        if device.type == "cuda":
+            room = int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE // max(1, first.nbytes))
+        for _ in range(min(count - len(self._copies), room)):
+            self._copies.append(replace(first, data=first.data.clone(), scale=first.scale.clone()))
+        return self._copies[:count]
+
+    def _arrange(self, layout: str) -> Operand:
+        owner, _, form = layout.partition("/")
+        if not form:
+            return self.plain.to_layout(layout)
+        prepared = registry.get(owner).prepare(self.plain)
+        if prepared.layout != layout:
+            raise ValueError(f"backend {owner!r} prepares {prepared.layout!r}, and the problem has {layout!r}")
+        return prepared
+
+
 @dataclass
 class Bench:
     """Inputs on the device for one problem and form of alpha, and what is right for the first set."""
@@ -51,25 +81,18 @@ class Bench:
     reference: check.Reference
 
     @classmethod
-    def of(cls, problem: Fc2Problem, alpha: str, plain: Nvfp4Tensor) -> Bench:
-        """
-        Args:
-            plain: the weights, in the "128x4" layout.
-        """
-        device = plain.device
+    def of(cls, problem: Fc2Problem, alpha: str, weights: Weights) -> Bench:
+        device = weights.plain.device
         source = inputs.generator(device, _SEED + problem.m)
         touched = problem.weight_bytes * active_share(problem, alpha) + problem.m * problem.k * 9 // 16
         # Two sets at least: a call must not find what it read itself a moment ago.
-        count = max(2, cold_sets(device, touched, _copies_that_fit(plain.nbytes, device)))
-        form = inputs.AlphaForm.parse(alpha)
-        sets = inputs.token_sets(form, problem.m, problem.k, problem.experts, source, count)
-        reference = check.references(sets[:1], plain)[0]
+        copies = weights.arranged(problem.b_layout, cold_sets(device, touched))
+        count = max(2, len(copies))
+        sets = inputs.token_sets(inputs.AlphaForm.parse(alpha), problem.m, problem.k, problem.experts, source, count)
+        reference = check.references(sets[:1], weights.plain)[0]
         sets = [replace(s, a=s.a.to_layout(problem.a_layout)) for s in sets]
-        weights = [_arranged(plain, problem.b_layout)]
-        while len(weights) < min(count, _copies_that_fit(plain.nbytes, device)):
-            weights.append(replace(weights[0], data=weights[0].data.clone(), scale=weights[0].scale.clone()))
         outs = [torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device) for _ in sets]
-        return cls(problem, device, sets, weights, outs, reference)
+        return cls(problem, device, sets, copies, outs, reference)
 
     def launches(self, backend: Fc2Backend, tactic: Tactic) -> list[Launch]:
         """One call per input set."""
@@ -119,28 +142,12 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def _copies_that_fit(nbytes: int, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return max(1, min(32, int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE // max(1, nbytes))))
-
-
-def _arranged(b: Nvfp4Tensor, layout: str) -> Operand:
-    owner, _, form = layout.partition("/")
-    if not form:
-        return b.to_layout(layout)
-    prepared = registry.get(owner).prepare(b)
-    if prepared.layout != layout:
-        raise ValueError(f"backend {owner!r} prepares {prepared.layout!r}, and the problem has {layout!r}")
-    return prepared
-
-
 class Worker:
     """The requests, as methods that yield answers."""
 
     def __init__(self) -> None:
         self._bench: Optional[Bench] = None
-        self._weights: Optional[Nvfp4Tensor] = None
+        self._weights: Optional[Weights] = None
 
     def setup(self, request: Mapping[str, Any]) -> Iterator[dict]:
         for module, cls, name in request["backends"]:
@@ -151,10 +158,9 @@ class Worker:
             torch.cuda.set_device(device)
         self._bench = None  # its memory is needed
         problem = Fc2Problem.from_json(request["problem"])
-        if self._weights is None or self._weights.shape != (problem.n, problem.k):
+        if self._weights is None or self._weights.plain.shape != (problem.n, problem.k):
             self._weights = None
-            source = inputs.generator(device, _SEED)
-            self._weights = inputs.random_operand(problem.n, problem.k, inputs.WEIGHT_STD, source)
+            self._weights = Weights(problem.n, problem.k, device)
         self._bench = Bench.of(problem, request["alpha"], self._weights)
         yield {"ok": True, "sets": len(self._bench.sets)}
 

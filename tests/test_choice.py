@@ -382,6 +382,12 @@ def test_only_torch_on_a_gpu_is_told_about():
     assert "only the slow torch baseline can run this call" in decision.warning and "SM 8.0" in decision.warning
 
 
+def test_what_was_not_measured_on_a_gpu_is_said_with_the_remedy():
+    text = "`python -m dispatch tune --n 7168 --k 65536 --experts 256` does that"
+    assert text in str(choose(problem(16, H200), H200))
+    assert text not in str(choose(problem(64), B200, shipped(B200)))
+
+
 def test_a_foreign_table_is_said():
     known = Measured(table(entry(16, FAST, 5.0)), foreign="NVIDIA H200")
     assert "times are from NVIDIA H200" in str(choose(problem(16, H200), H200, known))

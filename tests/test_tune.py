@@ -18,10 +18,10 @@ from backends.torch_baseline import TorchTactic
 from dispatch import ArgumentError, environment, store, tune
 from dispatch.choice import choose
 from dispatch.hardware import GPUS
-from dispatch.measured import Measured
+from dispatch.measured import Entry, Measured, table_problem
 from dispatch.model import Family, Model
 from dispatch.candidates import PRUNE, Point, coarse_to_fine, next_m, plan
-from dispatch.tune import autotune
+from dispatch.tune import autotune, judge
 from tests.stub_backends import HangingBackend, StubBackend, StubTactic
 
 CPU = DeviceInfo("cpu", "cpu")
@@ -103,6 +103,15 @@ def test_operands_name_the_problem_and_torch_alone_suffices():
     assert [p.problem.m for p in report.done] == [2]
     decision = dispatch.explain(a, b, torch.ones(2, 2))
     assert (decision.tactic, decision.source) == (TorchTactic(), "measured")
+
+
+def test_judging_decisions_stores_nothing(cache):
+    store.remember(CPU, [Entry(table_problem(PROBLEM), "topk:1", TorchTactic(), 1e-3)])
+    (result,) = judge([PROBLEM], ms=[3], budget_s=60, progress=False)
+    assert (result.chosen, result.source, result.regret) == (TorchTactic(), "measured", 0.0)
+    assert result.seconds != 1e-3, "measured now"
+    assert not list(cache.glob("*.json"))
+    assert store.measured_for(CPU).user.entries[0].seconds == 1e-3
 
 
 def test_arguments_are_checked():
