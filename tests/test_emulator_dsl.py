@@ -1,4 +1,5 @@
-"""The emulator on kernels written in the CuTe DSL: interception of the host function, arguments, several launches."""
+"""The emulator on kernels written in the CuTe DSL: interception of the host function, arguments, several
+launches."""
 
 from __future__ import annotations
 

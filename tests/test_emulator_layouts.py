@@ -73,7 +73,8 @@ class TestSmemDescriptor:
         assert offsets[31, 1] == 2048 + 7 * 16 + 3 * 128 + 512
 
     def test_k_major_with_128_byte_swizzle(self) -> None:
-        """Rows are 128 bytes apart, chunk u of row r lies at u XOR (r % 8), for a tile on a 1024-byte boundary."""
+        """Rows are 128 bytes apart, chunk u of row r lies at u XOR (r % 8), for a tile on a 1024-byte
+        boundary."""
         offsets = umma.k_major_chunks(descriptor(4096, 16, 1024, 2), 16, 2)
         for r in (0, 1, 7, 8, 13):
             for u in (0, 1):

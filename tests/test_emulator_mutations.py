@@ -1,7 +1,8 @@
-"""Every check of the emulator can fail: a correct 2-CTA GEMM with one mistake is reported under every schedule.
+"""Every check of the emulator can fail: a correct 2-CTA GEMM with one mistake is reported under every
+schedule.
 
-The sample kernel is `samples.gemm_2cta`; each case edits lines of its PTX. Schedules meet a mistake at different points, so
-a case lists the alternatives of what may be reported.
+The sample kernel is `samples.gemm_2cta`; each case edits lines of its PTX. Schedules meet a mistake at
+different points, so a case lists the alternatives of what may be reported.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 
 from .emulator import Fault, Race, emulate_ptx
 from .emulator.numerics import decode_table
-from .emulator.samples import F32, U16, aligned, regs, tensor_map, wait
+from .emulator.samples import F32, LOAD, U16, aligned, regs, tensor_map, wait
 
 from .test_emulator_ptx import every_schedule, ints, kernel, run, STORE
 
@@ -30,7 +30,7 @@ def tma_round_trip(rank: int) -> str:
     fence.mbarrier_init.release.cluster;
     mbarrier.arrive.expect_tx.shared.b64 _, [%r20], %r5;
     cvta.param.u64 %d2, source;
-    cp.async.bulk.tensor.{rank}d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r21], [%d2, {{{coords}}}], [%r20];
+    {LOAD.format(rank, 'cta')} [%r21], [%d2, {{{coords}}}], [%r20];
 loaded:
     bar.sync 0;
 {wait("%r20", "0", "full")}
@@ -55,7 +55,8 @@ stored:"""
 
 class TestTma:
     PARAMS = (
-        ".param .align 64 .b8 source[128], .param .align 64 .b8 target[128], .param .u64 raw, .param .u32 x0, "
+        ".param .align 64 .b8 source[128], .param .align 64 .b8 target[128], .param .u64 raw, "
+        ".param .u32 x0, "
         ".param .u32 x1, .param .u32 bytes"
     )
 
@@ -162,7 +163,7 @@ ready:
     cvta.param.u64 %d2, source;
     mov.u32 %r3, 0;
     mov.b16 %h0, 11;
-    cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%r21], [%d2, {{%r3, %r3}}], [%r20], %h0;
+    {LOAD.format(2, 'cluster')}.multicast::cluster [%r21], [%d2, {{%r3, %r3}}], [%r20], %h0;
 issued:
 {wait("%r20", "0", "full")}
     mad.lo.u32 %r4, %r0, 4, %r21;
@@ -198,9 +199,11 @@ finish:
 
 
 def mma_kernel(kind: str, rows: int, n: int, idesc: int, columns: int = 128) -> str:
-    """D[rows, n] of one CTA = A @ B.T for K bytes of 128 per row (4 instructions), 128-byte swizzle; D as f32 by row.
+    """D[rows, n] of one CTA = A @ B.T for K bytes of 128 per row (4 instructions), 128-byte swizzle; D as f32
+    by row.
 
-    For block-scaled kinds the scale factors lie behind the operands, 512 contiguous bytes per instruction and operand.
+    For block-scaled kinds the scale factors lie behind the operands, 512 contiguous bytes per instruction and
+    operand.
     """
     scaled = kind.startswith("mx")
     total = 128 * rows + 128 * n
@@ -250,13 +253,14 @@ allocated:
     mbarrier.arrive.expect_tx.shared.b64 _, [%r20], {total + (4096 if scaled else 0)};
     mov.u32 %r3, 0;
     cvta.param.u64 %d2, map_a;
-    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r21], [%d2, {{%r3, %r3}}], [%r20];
+    {LOAD.format(2, 'cta')} [%r21], [%d2, {{%r3, %r3}}], [%r20];
     add.u32 %r4, %r21, {128 * rows};
     cvta.param.u64 %d2, map_b;
-    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r4], [%d2, {{%r3, %r3}}], [%r20];
+    {LOAD.format(2, 'cta')} [%r4], [%d2, {{%r3, %r3}}], [%r20];
     {f'''ld.param.u64 %d7, [scales];
     add.u32 %r4, %r21, {total};
-    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], [%d7], 4096, [%r20];''' if scaled else ''}
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
+        [%r4], [%d7], 4096, [%r20];''' if scaled else ''}
 {wait("%r20", "0", "full")}
     shr.u32 %r5, %r21, 4;
     and.b32 %r5, %r5, 16383;

@@ -1,4 +1,5 @@
-"""Run a CuTe DSL example file on the emulator: python -m tests.emulator [options] FILE [the file's own arguments]"""
+"""Run a CuTe DSL example file on the emulator: python -m tests.emulator [options] FILE [the file's own
+arguments]"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def main() -> int:
     print(report)
     print(
         f"{len(report.launches)} launches, {report.instructions} warp instructions, "
-        f"{sum(x.seconds for x in report.launches):.2f} s emulated, {time.perf_counter() - start:.2f} s in all"
+        f"{sum(x.seconds for x in report.launches):.2f} s emulated, {time.perf_counter() - start:.2f} s "
+        f"in all"
     )
     return 0
 

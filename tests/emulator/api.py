@@ -62,17 +62,22 @@ def emulate(
     checks: bool = True,
     concurrent: int | None = None,
 ) -> Report:
-    """Call `compiled(*args)` and execute every kernel it launches; results are written into the tensors' memory.
+    """Call `compiled(*args)` and execute every kernel it launches; results are written into the tensors'
+    memory.
 
     compiled: what `cute.compile` returned inside `compile_target()`.
-    args: the arguments of the compiled function. A torch CPU tensor is passed as a CuTe tensor in global memory.
-    buffers: torch CPU tensors (or a dict of names to them) whose memory the kernel may touch, with exact extents; torch
+    args: the arguments of the compiled function. A torch CPU tensor is passed as a CuTe tensor in global
+        memory.
+    buffers: torch CPU tensors (or a dict of names to them) whose memory the kernel may touch, with exact
+        extents; torch
         tensors among `args` are added. Any access outside is a Fault.
-    schedule: "eager" (asynchronous work completes at issue), "lazy" (only when nothing else can run) or "random".
+    schedule: "eager" (asynchronous work completes at issue), "lazy" (only when nothing else can run) or
+        "random".
     seed: of the random schedule; the same seed gives the same run.
     num_sms: SM count the device reports; also bounds the clusters resident at once.
     checks: happens-before, proxy, initialization and lifetime checks.
-    concurrent: clusters run at the same time (default 1, or 4 for "random"); raise it for kernels whose clusters wait for
+    concurrent: clusters run at the same time (default 1, or 4 for "random"); raise it for kernels whose
+        clusters wait for
         each other.
     Raises Fault (Race, Deadlock) for what the kernel does wrong, PtxError for PTX that is not modelled.
     """
@@ -121,7 +126,8 @@ def emulate_ptx(
     checks: bool = True,
     concurrent: int | None = None,
 ) -> LaunchReport:
-    """Run one kernel of a PTX text. A torch tensor argument passes its address, an int itself, bytes go by value."""
+    """Run one kernel of a PTX text. A torch tensor argument passes its address, an int itself, bytes go by
+    value."""
     memory = GlobalMemory()
     prog = program(ptx, kernel)
     params = bytearray(prog.kernel.param_bytes)

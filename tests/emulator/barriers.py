@@ -1,8 +1,9 @@
-"""Barrier objects: mbarriers, named (CTA) barriers and the cluster barrier. State only; `isa_sync` decodes opcodes.
+"""Barrier objects: mbarriers, named (CTA) barriers and the cluster barrier. State only; `isa_sync` decodes
+opcodes.
 
-An mbarrier's phase completes when no arrival is pending and its transaction count is zero; then the phase bit flips and
-the pending count is reloaded (PTX ISA 9.7.13.15). The transaction count may go below zero: bytes may land before the
-expect-tx that announces them.
+An mbarrier's phase completes when no arrival is pending and its transaction count is zero; then the phase bit
+flips and the pending count is reloaded (PTX ISA 9.7.13.15). The transaction count may go below zero: bytes
+may land before the expect-tx that announces them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Mbarrier:
 
     def state(self) -> str:
         return (
-            f"phase {self.phase} (parity {self.phase & 1}) not complete: {self.pending} of {self.count} arrivals "
+            f"phase {self.phase} (parity {self.phase & 1}) not complete: {self.pending} of {self.count} "
+            f"arrivals "
             f"and {self.tx} transaction bytes outstanding"
         )
 
@@ -55,7 +57,8 @@ class Mbarrier:
     def arrive(self, count: int = 1) -> None:
         if count > self.pending:
             raise Fault(
-                f"{self}: {count} arrivals but only {self.pending} of {self.count} are pending in phase {self.phase}"
+                f"{self}: {count} arrivals but only {self.pending} of {self.count} are pending in phase "
+                f"{self.phase}"
             )
         self.pending -= count
         self.arrivals += count
@@ -80,7 +83,8 @@ class Mbarrier:
 
 
 class NamedBarrier:
-    """`barrier.sync id, n`: releases when n threads (whole warps) have arrived; n = 0 means all live threads."""
+    """`barrier.sync id, n`: releases when n threads (whole warps) have arrived; n = 0 means all live
+    threads."""
 
     def __init__(self, cta, number: int) -> None:
         self.cta, self.number = cta, number

@@ -1,4 +1,5 @@
-"""Checks of global memory. Epochs carry the cluster's number; knowledge crosses clusters only through atomics."""
+"""Checks of global memory. Epochs carry the cluster's number; knowledge crosses clusters only through
+atomics."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class GlobalChecks:
             where = f"{int(np.min(index)) * 4} bytes into buffer '{buffer.name}'"
             seen = self.machine.global_lines.get(bad)
             raise Race(
-                f"race: {what or ('global store' if write else 'global load')} {where} is not ordered after its {did} by "
+                f"race: {what or ('global store' if write else 'global load')} {where} is not ordered "
+                f"after its {did} by "
                 f"{self.agent_name(who)} of cluster {number - 1}{f' (PTX line {seen})' if seen else ''}"
             )
         stamp = self._stamp(agent, clock)

@@ -11,7 +11,7 @@ from .shadow import SHIFT, SmemShadow, Ticket, words
 class SharedChecks:
     """Part of `checks.Checker`."""
 
-    # -- shared memory, generic proxy ------------------------------------------------------------------------------
+    # -- shared memory, generic proxy ----------------------------------------------------------------------
     def shared_read(self, w, rank: int, offset: int, size: int) -> None:
         if size < 4:
             self._narrow_access(w, rank, np.arange(offset, offset + size), False, None)
@@ -116,12 +116,13 @@ class SharedChecks:
             narrow.record_read(index, w.agent, clock)
 
     def _signal(self, rank: int, agent: int, clock: int) -> None:
-        """Someone outside CTA `rank` touches its shared memory or barriers at (agent, clock): it must outlive that."""
+        """Someone outside CTA `rank` touches its shared memory or barriers at (agent, clock): it must outlive
+        that."""
         known = self.signals[rank]
         if known[agent] < clock:
             known[agent] = clock
 
-    # -- shared memory, async proxy ----------------------------------------------------------------------------------
+    # -- shared memory, async proxy ------------------------------------------------------------------------
     def async_smem_read(self, ticket: Ticket, cta, offsets: np.ndarray, what: str) -> None:
         """A read of 16-byte chunks by the tensor pipe."""
         self._async_read(ticket, cta.rank, words(offsets.ravel(), 16), what)
@@ -149,7 +150,8 @@ class SharedChecks:
             )
         if empty:
             raise Fault(
-                f"{what} reads shared memory (from offset {first:#x} of CTA rank {rank}) that nothing has written"
+                f"{what} reads shared memory (from offset {first:#x} of CTA rank {rank}) that nothing has "
+                f"written"
             )
         self.lines[ticket.agent << SHIFT | ticket.clock] = ticket.warp.line
         shadow.words.record_read(at, ticket.agent, ticket.clock)
@@ -166,7 +168,8 @@ class SharedChecks:
         shadow = self.smem[rank]
         if offset + size > shadow.size:
             raise Fault(
-                f"bulk copy to shared offset {offset:#x}..{offset + size:#x} of CTA rank {rank} is out of bounds: "
+                f"bulk copy to shared offset {offset:#x}..{offset + size:#x} of CTA rank {rank} is out of "
+                f"bounds: "
                 f"the CTA ends at {self.machine.smem_end:#x}"
             )
         self._barrier_visible(ticket.warp, barrier, "a bulk copy")

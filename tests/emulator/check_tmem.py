@@ -51,7 +51,8 @@ class TensorChecks:
             )
         if not self.tmem_ready[rank][at].all():
             raise Fault(
-                f"{what} reads TMEM columns {column}..{column + count} of CTA rank {rank}, which nothing has written"
+                f"{what} reads TMEM columns {column}..{column + count} of CTA rank {rank}, which nothing "
+                f"has written"
             )
         self.lines[ticket.agent << SHIFT | ticket.clock] = ticket.warp.line
         shadow.record_read(at, ticket.agent, ticket.clock)
@@ -81,7 +82,8 @@ class TensorChecks:
             )
         if accumulate and not ready[at].all():
             raise Fault(
-                f"MMA accumulates onto TMEM columns {column}..{column + count} of CTA rank {rank}, which nothing has "
+                f"MMA accumulates onto TMEM columns {column}..{column + count} of CTA rank {rank}, which "
+                f"nothing has "
                 "written (accumulate must be off for the first MMA)"
             )
         epoch = ticket.agent << SHIFT | ticket.clock
@@ -105,7 +107,8 @@ class TensorChecks:
             )
         if not self.tmem_ready[rank][at].all():
             raise Fault(
-                f"tcgen05.ld of TMEM columns {column}..{column + count} of CTA rank {rank}, which nothing has written"
+                f"tcgen05.ld of TMEM columns {column}..{column + count} of CTA rank {rank}, which nothing "
+                f"has written"
             )
         w.ld_clock += 1
         agent = self.ld_base + w.slot
@@ -142,7 +145,8 @@ class TensorChecks:
             w.clock[self.st_base + w.slot] = w.st_clock
 
     def tmem_allocated(self, w, tmem, start: int, columns: int) -> None:
-        """An allocation counts as an instantly complete tcgen05.st: later users of the columns must be ordered after it."""
+        """An allocation counts as an instantly complete tcgen05.st: later users of the columns must be
+        ordered after it."""
         at, rank = (slice(None), slice(start, start + columns)), tmem.cta.rank
         w.st_clock += 1
         w.clock[self.st_base + w.slot] = w.st_clock

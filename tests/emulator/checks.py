@@ -1,15 +1,18 @@
 """Happens-before checking with vector clocks: races are found on any schedule, not only when they strike.
 
-Agents of a cluster are its warps and everything that works beside them: a warp's cp.async, bulk-store and tcgen05.ld/st
-engines, each CTA's tensor pipe, each mbarrier (bulk copies that signal it). An access leaves an epoch (agent, clock) in a
-shadow of the memory; a later access by someone whose vector clock does not cover that epoch is a race. Shared memory and
-global memory are shadowed per 4-byte word (per byte where narrower accesses occur), TMEM per column and 16 lanes.
+Agents of a cluster are its warps and everything that works beside them: a warp's cp.async, bulk-store and
+tcgen05.ld/st engines, each CTA's tensor pipe, each mbarrier (bulk copies that signal it). An access leaves an
+epoch (agent, clock) in a shadow of the memory; a later access by someone whose vector clock does not cover
+that epoch is a race. Shared memory and global memory are shadowed per 4-byte word (per byte where narrower
+accesses occur), TMEM per column and 16 lanes.
 
-Checks are made when an operation is issued, with the issuer's clock, so that they do not depend on when it completes.
-A bulk copy's write carries the epoch (its mbarrier, the phase it belongs to), which only a wait for that phase covers.
+Checks are made when an operation is issued, with the issuer's clock, so that they do not depend on when it
+completes. A bulk copy's write carries the epoch (its mbarrier, the phase it belongs to), which only a wait
+for that phase covers.
 
-A vector clock has a second part, the proxy clock: how far each warp's generic writes are known to be visible to the async
-proxy. `fence.proxy.async` copies the first part into the second; async-proxy accesses are judged by the second.
+A vector clock has a second part, the proxy clock: how far each warp's generic writes are known to be visible
+to the async proxy. `fence.proxy.async` copies the first part into the second; async-proxy accesses are judged
+by the second.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         self.ranks = cx * cy * cz
         self.warps_per_cta = -(-bx * by * bz // 32)
         n = self.ranks * self.warps_per_cta
-        # Agents: 0 nobody; 1..n warps; then cp.async engines (both write through the generic proxy); then the rest.
+        # Agents: 0 nobody; 1..n warps; then cp.async engines (both write through the generic proxy); then the
+        # rest.
         self.cp_base, self.generic = 1 + n, 1 + 2 * n
         self.store_base = self.generic
         self.global_base = self.store_base + n
@@ -53,7 +57,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         self.signals = [np.zeros(self.size, np.int64) for _ in range(self.ranks)]
         self.final = [np.zeros(self.size, np.int64) for _ in range(self.ranks)]
 
-    # -- clocks --------------------------------------------------------------------------------------------------
+    # -- clocks --------------------------------------------------------------------------------------------
     def start_warp(self, w) -> None:
         w.slot = w.cta.rank * self.warps_per_cta + w.index
         w.agent = 1 + w.slot
@@ -110,7 +114,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         view[: self.generic] = w.clock[self.size :]
         return view
 
-    # -- reports -------------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------
     def agent_name(self, agent: int) -> str:
         n = self.ranks * self.warps_per_cta
 
@@ -147,10 +151,13 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         if self.store_base <= agent < self.global_base:
             return ": the bulk group was not waited for"
         if self.ld_base <= agent < self.st_base:
-            return ": its result may still be in flight (no tcgen05.wait::ld and no use of it before the release)"
+            return (
+                ": its result may still be in flight (no tcgen05.wait::ld and no use of it before the "
+                "release)"
+            )
         return ""
 
-    # -- barriers ------------------------------------------------------------------------------------------------------
+    # -- barriers ------------------------------------------------------------------------------------------
     def barrier_init(self, w, barrier, old) -> None:
         key = (barrier.rank, barrier.offset)
         agent = self.barrier_agents.get(key)
@@ -180,7 +187,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         agent, at = barrier.init_epoch
         if (w.clock if clock is None else clock)[agent] < at:
             raise Race(
-                f"race: {what} uses the {barrier} before its mbarrier.init by {self.agent_name(agent)} is visible "
+                f"race: {what} uses the {barrier} before its mbarrier.init by {self.agent_name(agent)} is "
+                f"visible "
                 "(no fence and barrier between)"
             )
 
@@ -215,7 +223,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         barrier.clock = self._release(w, barrier.clock, relaxed)
         self._publish_foreign(w, barrier)
 
-    # -- fences --------------------------------------------------------------------------------------------------------
+    # -- fences --------------------------------------------------------------------------------------------
     def proxy_fence(self, w, spaces: list[str]) -> None:
         w.clock[self.size :] = w.clock[: self.generic]
         self._tick(w)
@@ -238,12 +246,13 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
             w.fenced_foreign = dict(w.foreign)
         self._tick(w)
 
-    # -- warps and CTAs ------------------------------------------------------------------------------------------------
+    # -- warps and CTAs ------------------------------------------------------------------------------------
     def exit_warp(self, w) -> None:
         self._settle_loads(w)
         if w.bulk_open or w.clock[self.store_base + w.slot] < w.groups_committed:
             raise Fault(
-                f"warp {w.index} exits without waiting for its bulk stores (cp.async.bulk.wait_group): their source in "
+                f"warp {w.index} exits without waiting for its bulk stores (cp.async.bulk.wait_group): "
+                f"their source in "
                 "shared memory may be gone before it is read"
             )
         join(self.final[w.cta.rank], w.clock[: self.size])
@@ -257,6 +266,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
                 line = self.lines.get(agent << SHIFT | int(signals[agent]))
                 raise Race(
                     f"CTA rank {rank} may exit while {self.agent_name(agent)}"
-                    f"{f' (PTX line {line})' if line else ''} still accesses its shared memory or signals its barriers: "
+                    f"{f' (PTX line {line})' if line else ''} still accesses its shared memory or signals "
+                    f"its barriers: "
                     "no warp of the CTA has waited for that when it exits"
                 )

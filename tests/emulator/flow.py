@@ -80,10 +80,11 @@ def liveness(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> Non
 
 
 def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> dict[int, frozenset[int]]:
-    """For each instruction's line, the tcgen05.ld (by line) whose result may not have arrived when it executes.
+    """For each instruction's line, the tcgen05.ld (by line) whose result may not have arrived when it
+    executes.
 
-    A load has arrived once tcgen05.wait::ld executes or an instruction uses one of its results; a move is no use, for
-    ptxas removes moves.
+    A load has arrived once tcgen05.wait::ld executes or an instruction uses one of its results; a move is no
+    use, for ptxas removes moves.
     """
     instrs = kernel.instrs
     results: dict[int, set[int]] = {

@@ -1,10 +1,10 @@
 """Catch the CUDA calls of a CuTe DSL host function, without a GPU, a driver or a C compiler.
 
-A compiled CuTe DSL function runs natively: an MLIR execution engine JIT-compiles its host code, which reaches CUDA only
-through C wrappers named `_cuda*` and `_cu*`. The engine resolves a symbol from its own table before it searches shared
-libraries, and `ExecutionEngine.raw_register_runtime` adds to that table. So a `ctypes` callback for each wrapper,
-registered on every engine made inside `compile_target()`, turns a launch into a Python call. Engines made outside that
-context are untouched.
+A compiled CuTe DSL function runs natively: an MLIR execution engine JIT-compiles its host code, which reaches
+CUDA only through C wrappers named `_cuda*` and `_cu*`. The engine resolves a symbol from its own table before
+it searches shared libraries, and `ExecutionEngine.raw_register_runtime` adds to that table. So a `ctypes`
+callback for each wrapper, registered on every engine made inside `compile_target()`, turns a launch into a
+Python call. Engines made outside that context are untouched.
 """
 
 from __future__ import annotations
@@ -250,7 +250,8 @@ def _guarded(method: Callable[..., int]) -> Callable[..., int]:
 
 @contextlib.contextmanager
 def host_session(num_sms: int, on_launch: Callable[[str, Launch], None]) -> Iterator[None]:
-    """Route launches to `on_launch(ptx, launch)`; an exception raised by it is raised on leaving the context."""
+    """Route launches to `on_launch(ptx, launch)`; an exception raised by it is raised on leaving the
+    context."""
     session = _Session(num_sms, on_launch)
     _session.append(session)
     try:

@@ -15,7 +15,7 @@ from .values import LANES, spread
 _HINT = {"L2::cache_hint"}
 
 
-# -- cp.async ------------------------------------------------------------------------------------------------------------
+# -- cp.async ----------------------------------------------------------------------------------------------
 @runtime
 def cp_async(w, destination, source, size, source_size, mask):
     """Per-thread copies of 4, 8 or 16 bytes, the rest of the destination zero-filled."""
@@ -60,7 +60,8 @@ def cp_async_(e, instr: Instr) -> None:
     source_size = e.read(rest[0], "i") if rest else None
     e.line(f"w.line = {instr.line}")
     e.line(
-        f"cp_async(w, {e.address(destination)}, {e.address(source)}, {e.read(size, 'i')}, {source_size}, {e.mask})"
+        f"cp_async(w, {e.address(destination)}, {e.address(source)}, {e.read(size, 'i')}, {source_size}, "
+        f"{e.mask})"
     )
 
 
@@ -128,7 +129,7 @@ def cp_async_mbarrier(e, instr: Instr) -> None:
     e.line(f"cp_async_arrive(w, {e.address(instr.operands[0])}, {'noinc' in mods}, {e.mask})")
 
 
-# -- tensor maps in memory -------------------------------------------------------------------------------------------------
+# -- tensor maps in memory ---------------------------------------------------------------------------------
 _FIELDS = {
     "global_address",
     "rank",
@@ -146,7 +147,8 @@ _FIELDS = {
 
 @runtime
 def tensormap_replace(w, address, field, ordinal, value, mask):
-    """Edit a 128-byte tensor map in shared or global memory: extents are stored minus one, strides divided by 16."""
+    """Edit a 128-byte tensor map in shared or global memory: extents are stored minus one, strides divided by
+    16."""
     space, at = space_of(one(address, mask, "tensor map address"))
     if space == "shared":
         rank, offset = shared_place(at)
@@ -177,7 +179,8 @@ def replace(e, instr: Instr) -> None:
     wide = instr.parts[-1] == "b64"
     value = e.read(rest[0], "q" if wide else "i")
     e.line(
-        f"tensormap_replace(w, {e.address(mem)} + {'SHARED_WINDOW' if 'shared::cta' in mods else 0}, {field!r}, {ordinal}, "
+        f"tensormap_replace(w, {e.address(mem)} + {'SHARED_WINDOW' if 'shared::cta' in mods else 0}, "
+        f"{field!r}, {ordinal}, "
         f"{value}, {e.mask})"
     )
 

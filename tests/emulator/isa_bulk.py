@@ -29,7 +29,8 @@ class BulkOp:
 
 
 def _land(w, cluster, barriers: list, size: int, copy) -> None:
-    """Submit a copy that signals mbarriers: `copy()` moves the data, then each barrier is credited `size` bytes."""
+    """Submit a copy that signals mbarriers: `copy()` moves the data, then each barrier is credited `size`
+    bytes."""
     for barrier in barriers:
         barrier.in_flight += 1
     phases = [barrier.phase for barrier in barriers]
@@ -97,7 +98,8 @@ def tma_load(w, destination, tensor, coords, barrier, multicast, group, mask):
 
 @runtime
 def tma_store(w, tensor, coords, source, reduce, mask):
-    """Stores by several lanes are identical (CuTe DSL issues them without elect.sync): done once. Reductions are not."""
+    """Stores by several lanes are identical (CuTe DSL issues them without elect.sync): done once. Reductions
+    are not."""
     machine, check = w.machine, w.check
     coords = tuple(signed_coordinate(c, mask) for c in coords)
     tm = tensor_map(w, one(tensor, mask, "tensor map address"))
@@ -159,7 +161,8 @@ def bulk_tensor(e, instr: Instr) -> None:
         coords = ", ".join(e.read(c, "i") for c in first.coords)
         reduce = next(iter(mods & {"add", "min", "max", "and", "or", "xor"}), None) if reducing else None
         e.line(
-            f"tma_store(w, {e.address(Mem(first.base, first.offset))}, ({coords},), {e.address(operands[1])}, {reduce!r}, "
+            f"tma_store(w, {e.address(Mem(first.base, first.offset))}, ({coords},), "
+            f"{e.address(operands[1])}, {reduce!r}, "
             f"{e.mask})"
         )
         return
@@ -168,7 +171,8 @@ def bulk_tensor(e, instr: Instr) -> None:
     multicast = e.read(rest[0], "i", 16) if "multicast::cluster" in mods else None
     group = 2 if "cta_group::2" in mods else 1
     e.line(
-        f"tma_load(w, {e.address(first)}, {e.address(Mem(source.base, source.offset))}, ({coords},), {e.address(barrier)}, "
+        f"tma_load(w, {e.address(first)}, {e.address(Mem(source.base, source.offset))}, ({coords},), "
+        f"{e.address(barrier)}, "
         f"{multicast}, {group}, {e.mask})"
     )
 
@@ -304,12 +308,13 @@ def bulk(e, instr: Instr) -> None:
             multicast = e.read(rest[1], "i", 16)
     e.line(f"w.line = {instr.line}")
     e.line(
-        f"bulk_copy(w, {'to_shared' if to_shared else 'to_global'!r}, {e.address(destination)}, {e.address(source)}, "
+        f"bulk_copy(w, {'to_shared' if to_shared else 'to_global'!r}, {e.address(destination)}, "
+        f"{e.address(source)}, "
         f"{e.read(size, 'i')}, {barrier}, {multicast}, {reduce!r}, {dtype!r}, {e.mask})"
     )
 
 
-# -- groups --------------------------------------------------------------------------------------------------------------
+# -- groups ------------------------------------------------------------------------------------------------
 @runtime
 def bulk_commit(w):
     w.bulk_groups.append(w.bulk_open)
@@ -329,7 +334,8 @@ def bulk_wait(w, keep, read_only):
         del groups[: max(0, len(older) - 64)]
         return True
     w.wait(
-        lambda: f"bulk groups older than the {keep} newest ({sum(not o.done for g in older for o in g)} copies pending)"
+        lambda: f"bulk groups older than the {keep} newest ({sum(not o.done for g in older for o in g)} "
+        f"copies pending)"
     )
     return False
 

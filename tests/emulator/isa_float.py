@@ -1,4 +1,5 @@
-"""Floating-point opcodes: f32, f64, f32x2, f16/bf16 (x2), comparisons and conversions (PTX ISA 9.7.3 to 9.7.5, 9.7.9)."""
+"""Floating-point opcodes: f32, f64, f32x2, f16/bf16 (x2), comparisons and conversions (PTX ISA 9.7.3 to
+9.7.5, 9.7.9)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _HALF = {"f16": ("f16_value", "f16_bits"), "bf16": ("bf16_value", "bf16_bits")}
 
 @runtime
 def half_op(function, kind, packed, *operands):
-    """Apply a float32 function to f16/bf16 values (one or two per 32 bits) and round the result to the format."""
+    """Apply a float32 function to f16/bf16 values (one or two per 32 bits) and round the result to the
+    format."""
     value, bits = (getattr(N, n) for n in _HALF[kind])
     results = []
     for h in range(2 if packed else 1):
@@ -120,7 +122,8 @@ def arithmetic(e, instr: Instr) -> None:
 
 @runtime
 def directed(name, rounding, *args):
-    """An f32 operation with .rz/.rm/.rp: the f64 result (exact, or within its own rounding) moved to the wanted side."""
+    """An f32 operation with .rz/.rm/.rp: the f64 result (exact, or within its own rounding) moved to the
+    wanted side."""
     a = [np.asarray(x, np.float64) for x in args]
     exact = {
         "add": lambda: a[0] + a[1],
@@ -147,7 +150,8 @@ def round_directed(exact, rounding):
 
 
 def _mixed(e, instr: Instr, mods: set[str]) -> None:
-    """`add.rn.f32.f16 d, a, c`: a is f16/bf16, the sum and c are f32 (PTX ISA "Mixed Precision FP Instructions")."""
+    """`add.rn.f32.f16 d, a, c`: a is f16/bf16, the sum and c are f32 (PTX ISA "Mixed Precision FP
+    Instructions")."""
     name, wide, narrow = instr.parts[0], instr.parts[-2], instr.parts[-1]
     _check_rounding(instr, mods)
     if wide != "f32" or narrow not in _HALF or name not in ("add", "sub", "fma"):
@@ -327,7 +331,8 @@ def convert(e, instr: Instr) -> None:
     result = None
     if target in ("f16x2", "bf16x2") and source == "f32" and len(sources) == 2:
         result = (
-            f"pack_half({target[:-2]!r}, {rounding!r}, {relu}, {e.read(sources[0], 'f')}, {e.read(sources[1], 'f')})",
+            f"pack_half({target[:-2]!r}, {rounding!r}, {relu}, {e.read(sources[0], 'f')}, "
+            f"{e.read(sources[1], 'f')})",
             "i",
         )
     elif target in _NARROW and source == "f32":
@@ -374,7 +379,10 @@ def convert(e, instr: Instr) -> None:
         x = e.read(sources[0], "q" if bits == 64 else "i", bits)
         if rounding != "rn":
             raise PtxError(f"line {instr.line}: rounding .{rounding} is not modelled: {instr.text}")
-        x = f"int_to_float({x}{' & ' + str((1 << bits) - 1) if bits < 32 else ''}, {bits}, {source[0] == 's'}, {target == 'f64'})"
+        x = (
+            f"int_to_float({x}{' & ' + str((1 << bits) - 1) if bits < 32 else ''}, {bits}, "
+            f"{source[0] == 's'}, {target == 'f64'})"
+        )
         result = (
             (f"to_half({target!r}, 'rn', False, {x})", "i")
             if target in _HALF

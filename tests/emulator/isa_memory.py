@@ -281,7 +281,8 @@ def atom(e, instr: Instr) -> None:
 # ldmatrix / stmatrix.
 @runtime
 def ldmatrix(w, address, count, trans, mask):
-    """m8n8.b16: matrix k's row i is the 16 bytes at the address of lane 8k+i; thread t gets row t//4, columns 2(t%4)+{0,1}."""
+    """m8n8.b16: matrix k's row i is the 16 bytes at the address of lane 8k+i; thread t gets row t//4, columns
+    2(t%4)+{0,1}."""
     address = spread(address)
     out = []
     t = np.arange(32)
@@ -296,8 +297,8 @@ def ldmatrix(w, address, count, trans, mask):
 
 @runtime
 def stmatrix(w, address, values, trans, kind, mask):
-    """Inverse of ldmatrix; .m16n8.trans.b8: byte k of thread t is row t//4 + 8(k//2), column 2(t%4) + k%2, and column c
-    is the 16 bytes at the address of lane c (+8 per matrix)."""
+    """Inverse of ldmatrix; .m16n8.trans.b8: byte k of thread t is row t//4 + 8(k//2), column 2(t%4) + k%2,
+    and column c is the 16 bytes at the address of lane c (+8 per matrix)."""
     address = spread(address)
     t = np.arange(32)
     for k, v in enumerate(values):

@@ -1,4 +1,5 @@
-"""Synchronization opcodes: mbarrier, named and cluster barriers, warp collectives, fences (PTX ISA 9.7.13)."""
+"""Synchronization opcodes: mbarrier, named and cluster barriers, warp collectives, fences (PTX ISA
+9.7.13)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ _SPACES = {"shared", "shared::cta", "shared::cluster"}
 _ORDERS = {"release", "acquire", "relaxed", "cta", "cluster"}
 
 
-# -- mbarrier ------------------------------------------------------------------------------------------------------------
+# -- mbarrier ----------------------------------------------------------------------------------------------
 def _targets(w, address, mask) -> list[tuple[int, int]]:
     """(address, number of lanes) for each distinct barrier the active lanes name."""
     if type(address) is not _ndarray:
@@ -136,8 +137,8 @@ def expect_tx(e, instr: Instr) -> None:
 def mbarrier_wait(w, address, phase, parity, may_block, relaxed, pc, mask):
     """True/False of test_wait or try_wait, or None when the warp must block.
 
-    try_wait may time out: it answers False when the scheduler finds no other work, and, under the lazy and random
-    schedules, also before it first blocks.
+    try_wait may time out: it answers False when the scheduler finds no other work, and, under the lazy and
+    random schedules, also before it first blocks.
     """
     targets = _targets(w, address, mask)
     if len(targets) > 1 or type(phase) is _ndarray and uniform(phase, mask) is None:
@@ -198,7 +199,7 @@ def pending_count(e, instr: Instr) -> None:
     raise PtxError(f"line {instr.line}: unsupported: {instr.text}")
 
 
-# -- named barriers ------------------------------------------------------------------------------------------------------
+# -- named barriers ----------------------------------------------------------------------------------------
 @runtime
 def named_barrier(w, number, threads, mask, sync, value=None):
     """None when passed (or for arrive); a result dict entry for bar.red; BLOCKED state otherwise."""
@@ -267,7 +268,7 @@ def bar(e, instr: Instr) -> None:
     e.line(call if kind == "arrive" else f"if not {call}: return BLOCKED")
 
 
-# -- cluster barrier -----------------------------------------------------------------------------------------------------
+# -- cluster barrier ---------------------------------------------------------------------------------------
 @runtime
 def cluster_arrive(w, relaxed, mask):
     barrier = w.cta.cluster.barrier
@@ -307,10 +308,11 @@ def _warp_sync(e, instr: Instr) -> None:
     e.line(f"if m is not None and w.hold(m, {e.read(instr.operands[0], 'i')}): return HOLD")
 
 
-# -- fences and hints ----------------------------------------------------------------------------------------------------
+# -- fences and hints --------------------------------------------------------------------------------------
 @op("fence")
 def fence(e, instr: Instr) -> None:
-    """fence.proxy.* and fence.{sc,acq_rel}: no effect on values (memory is coherent here), only on the checker."""
+    """fence.proxy.* and fence.{sc,acq_rel}: no effect on values (memory is coherent here), only on the
+    checker."""
     parts = instr.parts
     if parts[1] == "proxy":
         mods = modifiers(

@@ -27,9 +27,10 @@ def pair_of(w, group: int) -> list:
     return [cluster.ctas[cta.rank & ~1], cluster.ctas[cta.rank | 1]]
 
 
-# -- allocation --------------------------------------------------------------------------------------------------------
+# -- allocation --------------------------------------------------------------------------------------------
 def _peer_has_allocated(w) -> bool:
-    """tcgen05.alloc.cta_group::2 is done by one warp of each CTA of the pair together: neither passes before the other."""
+    """tcgen05.alloc.cta_group::2 is done by one warp of each CTA of the pair together: neither passes before
+    the other."""
     mine = w.cta.tmem
     theirs = pair_of(w, 2)[1 - (w.cta.rank & 1)].tmem
     if theirs.requests < w.arrived[1]:
@@ -101,7 +102,7 @@ def relinquish(e, instr: Instr) -> None:
     e.line("w.cta.tmem.permit = False")
 
 
-# -- registers <-> TMEM --------------------------------------------------------------------------------------------------
+# -- registers <-> TMEM ------------------------------------------------------------------------------------
 _SHAPES = {"32x32b", "16x64b", "16x128b", "16x256b"}
 _REPEATS = {f"x{1 << i}" for i in range(8)}
 
@@ -188,7 +189,7 @@ def fence(e, instr: Instr) -> None:
     modifiers(instr, 2, set())
 
 
-# -- tensor pipe ---------------------------------------------------------------------------------------------------------
+# -- tensor pipe -------------------------------------------------------------------------------------------
 def _repeat_for_lanes(w, mask) -> range:
     return range(w.active_count(mask))
 
@@ -279,7 +280,8 @@ def mma(e, instr: Instr) -> None:
     else:
         idesc_code = e.read(idesc, "i")
     e.line(
-        f"tcgen05_mma(w, {kind!r}, {_group(mods)}, {e.address(d)}, {a_code}, {e.read(b, 'q')}, {idesc_code}, {enable}, "
+        f"tcgen05_mma(w, {kind!r}, {_group(mods)}, {e.address(d)}, {a_code}, {e.read(b, 'q')}, "
+        f"{idesc_code}, {enable}, "
         f"{isinstance(a, Mem)}, {ws}, {scale_d}, {disabled}, {sfa}, {sfb}, {block}, {e.mask})"
     )
 
@@ -314,7 +316,8 @@ def cp(e, instr: Instr) -> None:
 
 @runtime
 def tcgen05_commit(w, address, multicast, mask):
-    """Arrive once on an mbarrier (of each CTA in the mask, at the same offset) when the pipe has drained to here."""
+    """Arrive once on an mbarrier (of each CTA in the mask, at the same offset) when the pipe has drained to
+    here."""
     machine, cluster, check = w.machine, w.cta.cluster, w.check
     address = one(address, mask, "tcgen05.commit mbarrier")
     address = address - SHARED_WINDOW if address >= SHARED_WINDOW else address

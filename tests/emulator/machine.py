@@ -1,7 +1,9 @@
-"""The machine: warps with divergence, CTAs, clusters, and the scheduler that orders warps and asynchronous work.
+"""The machine: warps with divergence, CTAs, clusters, and the scheduler that orders warps and asynchronous
+work.
 
-Asynchronous work (bulk copies, tensor-core operations, commits) is queued as closures. `eager` runs each at issue, `lazy`
-only when no warp can run, `random` interleaves. The tensor pipe of a CTA is a FIFO; bulk copies finish in any order.
+Asynchronous work (bulk copies, tensor-core operations, commits) is queued as closures. `eager` runs each at
+issue, `lazy` only when no warp can run, `random` interleaves. The tensor pipe of a CTA is a FIFO; bulk copies
+finish in any order.
 """
 
 from __future__ import annotations
@@ -203,7 +205,7 @@ class Machine:
                     yield number, (x, y, z)
                     number += 1
 
-    # -- asynchronous work -------------------------------------------------------------------------------------------
+    # -- asynchronous work ---------------------------------------------------------------------------------
     def submit(self, cluster: Cluster, run: Callable[[], None], pipe: deque | None = None) -> None:
         if self.schedule == "eager":
             run()
@@ -264,7 +266,7 @@ class Machine:
             for w in cta.warps:
                 self.warp_instructions[w.index] += sum(c * n for c, n in zip(w.counts, lengths) if c)
 
-    # -- the loop ----------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------
     def run(self) -> None:
         self.current: Warp | None = None
         threads = torch.get_num_threads()

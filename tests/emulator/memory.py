@@ -1,9 +1,10 @@
-"""Address spaces: global buffers with exact extents, shared memory per CTA, per-lane local memory, parameters.
+"""Address spaces: global buffers with exact extents, shared memory per CTA, per-lane local memory,
+parameters.
 
-A shared address is `rank << 24 | offset`, also for the CTA's own variables, so that shared::cta and shared::cluster
-addresses agree, `mapa` replaces the rank, and clearing bit 24 names the even CTA of a pair. Generic addresses put
-shared, local and parameter space in windows above every host pointer; anything below is global and is resolved through
-the registered buffers, never dereferenced blindly.
+A shared address is `rank << 24 | offset`, also for the CTA's own variables, so that shared::cta and
+shared::cluster addresses agree, `mapa` replaces the rank, and clearing bit 24 names the even CTA of a pair.
+Generic addresses put shared, local and parameter space in windows above every host pointer; anything below is
+global and is resolved through the registered buffers, never dereferenced blindly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Narrow floating-point formats: decode tables and round-to-nearest-even encoders, by value.
 
 Formats (PTX ISA, "Alternate Floating-Point Data Formats"; OCP MX specification):
-e2m1 (fp4), e2m3 and e3m2 (fp6), e4m3 (no infinity, NaN = 0x7f), e5m2, ue8m0 (power of two, 0xff = NaN), ue4m3, bf16.
+e2m1 (fp4), e2m3 and e3m2 (fp6), e4m3 (no infinity, NaN = 0x7f), e5m2, ue8m0 (power of two, 0xff = NaN),
+ue4m3, bf16.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def fp4_pair_table() -> np.ndarray:
 
 
 def encode(name: str, x: np.ndarray, relu: bool = False) -> np.ndarray:
-    """Round float32 to the nearest code (ties to even), saturating to the largest finite value (`.satfinite`)."""
+    """Round float32 to the nearest code (ties to even), saturating to the largest finite value
+    (`.satfinite`)."""
     x = np.asarray(x, np.float32)
     if relu:
         x = np.where(x < 0, np.float32(0), x)
@@ -82,7 +84,8 @@ def bf16_bits(x: np.ndarray, rounding: str = "rn") -> np.ndarray:
 
 
 def pack_bf16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """`bf16_bits(high) << 16 | bf16_bits(low)` for 32 lanes, in few NumPy calls: epilogues spend their time here."""
+    """`bf16_bits(high) << 16 | bf16_bits(low)` for 32 lanes, in few NumPy calls: epilogues spend their time
+    here."""
     both = np.empty((2, 32), np.float32)
     both[0], both[1] = low, high
     if np.isnan(both).any():

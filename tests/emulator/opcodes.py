@@ -31,7 +31,8 @@ NAMESPACE.update(BLOCKED=BLOCKED, HOLD=HOLD, EXIT=EXIT)
 
 
 def op(*names: str, starts_block: bool = False) -> Callable:
-    """Register an emitter for opcodes that begin with one of `names` (dotted parts; the longest match wins)."""
+    """Register an emitter for opcodes that begin with one of `names` (dotted parts; the longest match
+    wins)."""
 
     def register(function: Callable) -> Callable:
         for name in names:

@@ -1,7 +1,8 @@
-"""Parse PTX text into kernels: variables, parameters, and a flat list of instructions with their source lines.
+"""Parse PTX text into kernels: variables, parameters, and a flat list of instructions with their source
+lines.
 
-Only syntax lives here; what an opcode means is in the `isa_*` modules. Scopes opened by `{` inside a body (inline
-assembly) get their own names for the registers and labels they declare.
+Only syntax lives here; what an opcode means is in the `isa_*` modules. Scopes opened by `{` inside a body
+(inline assembly) get their own names for the registers and labels they declare.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def _parse_kernel(source: str, head: int, brace: int, end: int) -> Kernel:
     header = source[head:brace]
     name = re.match(r"\s*([$\w]+)", header).group(1)
     params, offset = [], 0
-    pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr[^,)\w]*(?:\.\w+|\s|\d)*)?\s+([$\w]+)\s*(?:\[(\d+)\])?"
+    pointer = r"(?:\s+\.ptr[^,)\w]*(?:\.\w+|\s|\d)*)?"
+    pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)" + pointer + r"\s+([$\w]+)\s*(?:\[(\d+)\])?"
     for align, dtype, param, count in re.findall(pattern, header):
         element = _WIDTHS[dtype] // 8
         size, alignment = element * int(count or 1), int(align or element)

@@ -14,7 +14,8 @@ class PtxError(EmulatorError):
 
 
 class Fault(EmulatorError):
-    """The kernel did something wrong. The message ends with the CTA, warp, PTX line and how to reproduce it."""
+    """The kernel did something wrong. The message ends with the CTA, warp, PTX line and how to reproduce
+    it."""
 
     def locate(self, warp, kernel, machine) -> Fault:
         text = str(self)

@@ -1,7 +1,8 @@
 """PTX kernels that the emulator's own tests run, and edit to prove that each check can fail.
 
-`gemm_2cta` is a small but complete SM100 kernel: a warp-specialized NVFP4 GEMM of CTA pairs with a three-stage TMA ring,
-two accumulator stages in TMEM, scale factors through tcgen05.cp, and a TMA store. Lines that a test edits carry `// @tag`.
+`gemm_2cta` is a small but complete SM100 kernel: a warp-specialized NVFP4 GEMM of CTA pairs with a three-
+stage TMA ring, two accumulator stages in TMEM, scale factors through tcgen05.cp, and a TMA store. Lines that
+a test edits carry `// @tag`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from .tma import encode_driver_descriptor
 
 HEADER = ".version 8.8\n.target sm_100a\n.address_size 64\n.extern .shared .align 1024 .b8 smem[];\n"
 
+LOAD = "cp.async.bulk.tensor.{}d.shared::{}.global.tile.mbarrier::complete_tx::bytes"
+COMMIT = "tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64"
+MMA = "tcgen05.mma.cta_group::2.kind::mxf4nvf4.block_scale.block16"
+
 TILE_N, STAGES = 64, 3
 STAGE_BYTES = 128 * 128 + 32 * 128 + 2048 + 2048  # A, half of B, SFA, SFB of one K tile of 256
 OUT_OFFSET = 1024 + STAGES * STAGE_BYTES
 SMEM_BYTES = OUT_OFFSET + 128 * TILE_N * 4
-# Barriers in the first KiB: full[3] at 0, empty[3] at 24, acc_full[2] at 48, acc_empty[2] at 64, TMEM address at 80.
+# Barriers in the first KiB: full[3] at 0, empty[3] at 24, acc_full[2] at 48, acc_empty[2] at 64, TMEM address
+# at 80.
 
 
 def regs(prefix: str, count: int, start: int = 0) -> str:
@@ -40,7 +46,8 @@ def wait(barrier: str, parity: str, tag: str) -> str:
 def gemm_2cta() -> str:
     """out[256, 64 * clusters] f32 = sum over groups and K tiles of A @ B.T.
 
-    Parameters: tensor maps A, B, SFA, SFB, OUT; groups; K tiles of 256 per group. Grid (2 * clusters), cluster 2, block 192.
+    Parameters: tensor maps A, B, SFA, SFB, OUT; groups; K tiles of 256 per group. Grid (2 * clusters),
+        cluster 2, block 192.
     """
     k_steps = []
     for step in range(4):
@@ -49,7 +56,7 @@ def gemm_2cta() -> str:
     add.s64 %qb, %bdesc, {2 * step};
     add.s32 %sfa, %tmem, {128 + 4 * step};
     add.s32 %sfb, %tmem, {144 + 4 * step}; // @sfb{step}
-    tcgen05.mma.cta_group::2.kind::mxf4nvf4.block_scale.block16 [%acc], %qa, %qb, %idesc, [%sfa], [%sfb], %more; // @mma{step}
+    {MMA} [%acc], %qa, %qb, %idesc, [%sfa], [%sfb], %more; // @mma{step}
     mov.pred %more, 1;""")
     copies = []
     for step in range(4):
@@ -80,12 +87,14 @@ def gemm_2cta() -> str:
     return HEADER + f"""
 .visible .entry gemm(
     .param .align 64 .b8 map_a[128], .param .align 64 .b8 map_b[128], .param .align 64 .b8 map_sfa[128],
-    .param .align 64 .b8 map_sfb[128], .param .align 64 .b8 map_out[128], .param .u32 groups, .param .u32 tiles)
+    .param .align 64 .b8 map_sfb[128], .param .align 64 .b8 map_out[128], .param .u32 groups,
+    .param .u32 tiles)
 .reqntid 192, 1, 1
 {{
     .reg .pred %p, %done, %lead, %elected, %more;
     .reg .b16 %half;
-    .reg .b32 %smem, %tid, %warp, %rank, %x, %y, %stage, %bar, %k, %kcoord, %slot, %phase, %total, %groups, %tiles, %row;
+    .reg .b32 %smem, %tid, %warp, %rank, %x, %y, %stage, %bar, %k, %kcoord, %slot, %phase, %total;
+    .reg .b32 %groups, %tiles, %row;
     .reg .b32 %tmem, %acc, %sfa, %sfb, %idesc, %group, %aslot, %aphase, %tile, %remote, %out, %n, %empty;
     .reg .b32 %t<64>, %s<64>;
     .reg .b64 %q, %qa, %qb, %adesc, %bdesc, %map;
@@ -142,20 +151,20 @@ loads:
     shl.b32 %kcoord, %k, 8;
     shl.b32 %row, %rank, 7;
     cvta.param.u64 %map, map_a;
-    cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.cta_group::2 [%stage], [%map, {{%kcoord, %row}}], [%bar]; // @load_a
+    {LOAD.format(2, 'cluster')}.cta_group::2 [%stage], [%map, {{%kcoord, %row}}], [%bar]; // @load_a
     add.s32 %x, %stage, 16384;
     shl.b32 %y, %n, 6;
     mad.lo.s32 %row, %rank, 32, %y;
     cvta.param.u64 %map, map_b;
-    cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.cta_group::2 [%x], [%map, {{%kcoord, %row}}], [%bar]; // @load_b
+    {LOAD.format(2, 'cluster')}.cta_group::2 [%x], [%map, {{%kcoord, %row}}], [%bar]; // @load_b
     add.s32 %x, %stage, 20480;
     shl.b32 %y, %k, 2;
     cvta.param.u64 %map, map_sfa;
     mov.b32 %row, 0;
-    cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.cta_group::2 [%x], [%map, {{%row, %y, %rank}}], [%bar]; // @load_sfa
+    {LOAD.format(3, 'cluster')}.cta_group::2 [%x], [%map, {{%row, %y, %rank}}], [%bar]; // @load_sfa
     add.s32 %x, %stage, 22528;
     cvta.param.u64 %map, map_sfb;
-    cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.cta_group::2 [%x], [%map, {{%row, %y, %n}}], [%bar]; // @load_sfb
+    {LOAD.format(3, 'cluster')}.cta_group::2 [%x], [%map, {{%row, %y, %n}}], [%bar]; // @load_sfb
     add.s32 %slot, %slot, 1;
     setp.ne.s32 %p, %slot, {STAGES};
     @%p bra load_next;
@@ -206,7 +215,7 @@ tile_loop:
 {"".join(k_steps)}
     add.s32 %bar, %bar, 24;
     mov.b16 %half, 3;
-    tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%bar], %half; // @commit_empty
+    {COMMIT} [%bar], %half; // @commit_empty
     add.s32 %slot, %slot, 1;
     setp.ne.s32 %p, %slot, {STAGES};
     @%p bra tile_next;
@@ -219,7 +228,7 @@ tile_next:
     shl.b32 %x, %aslot, 3;
     add.s32 %x, %x, %smem;
     mov.b16 %half, 3;
-    tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%x + 48], %half; // @commit_acc
+    {COMMIT} [%x + 48], %half; // @commit_acc
     xor.b32 %aslot, %aslot, 1;
     setp.ne.s32 %p, %aslot, 0;
     @%p bra group_next;
@@ -332,7 +341,8 @@ def tensor_map(
     box: list[int],
     swizzle: int = SWIZZLE_NONE,
 ) -> bytes:
-    """A 128-byte tensor map over `tensor`'s memory; dims and box innermost first, strides in bytes from dim 1 on."""
+    """A 128-byte tensor map over `tensor`'s memory; dims and box innermost first, strides in bytes from dim 1
+    on."""
     return encode_driver_descriptor(
         dtype, tensor.data_ptr(), dims, strides, box, [1] * len(dims), swizzle, 0
     ).ljust(128, b"\0")

@@ -45,7 +45,8 @@ class Shadow:
 
 
 class SmemShadow:
-    """Word shadow of one CTA's shared memory, and a byte shadow once something narrower than a word is accessed."""
+    """Word shadow of one CTA's shared memory, and a byte shadow once something narrower than a word is
+    accessed."""
 
     __slots__ = ("words", "chunks", "bytes", "size")
 

@@ -1,5 +1,5 @@
-"""Make a script that expects a CUDA GPU run on this machine: torch's "cuda" device becomes the CPU, CuTe DSL launches go to
-the emulator. For running example files unchanged; the tests use `emulate` itself."""
+"""Make a script that expects a CUDA GPU run on this machine: torch's "cuda" device becomes the CPU, CuTe DSL
+launches go to the emulator. For running example files unchanged; the tests use `emulate` itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _scaled_mm_fp4(
     out_dtype: torch.dtype | None = None,
     **_kwargs: Any,
 ) -> torch.Tensor:
-    """`torch._scaled_mm` for float4_e2m1fn_x2 operands with blocked 1x16 scales, which torch has only on CUDA."""
+    """`torch._scaled_mm` for float4_e2m1fn_x2 operands with blocked 1x16 scales, which torch has only on
+    CUDA."""
     table = torch.from_numpy(decode_table("e2m1").copy()).double()
 
     def values(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,8 @@ def gpu_stand_in(
     checks: bool = True,
     concurrent: int | None = None,
 ) -> Iterator[Report]:
-    """Inside, "cuda" tensors are CPU tensors and every CuTe DSL launch is emulated; yields the report that collects them."""
+    """Inside, "cuda" tensors are CPU tensors and every CuTe DSL launch is emulated; yields the report that
+    collects them."""
     import cuda.bindings.driver as driver
     import cutlass.base_dsl.runtime.cuda as dsl_cuda
     import cutlass.cute.testing as testing

@@ -1,7 +1,8 @@
-"""TMA: the 128-byte tensor map and box copies between global and shared memory (PTX ISA 5.5, "Tensors"; 9.7.9.27).
+"""TMA: the 128-byte tensor map and box copies between global and shared memory (PTX ISA 5.5, "Tensors";
+9.7.9.27).
 
-The tensor map's bit layout is not documented; `TensorMap.decode` states what was derived from the descriptors that CuTe
-DSL host code writes for varied tensors.
+The tensor map's bit layout is not documented; `TensorMap.decode` states what was derived from the descriptors
+that CuTe DSL host code writes for varied tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 from .numerics import bf16_bits, bf16_value
 from .report import Fault
 
-# Hardware element codes: (name, bits in global memory). 12 and 13 land in shared memory padded to 16 bytes per 16 elements.
+# Hardware element codes: (name, bits in global memory). 12 and 13 land in shared memory padded to 16 bytes
+# per 16 elements.
 _TYPES = {
     0: ("u8", 8),
     1: ("u16", 16),
@@ -49,10 +51,11 @@ class TensorMap:
     def decode(data: bytes) -> TensorMap:
         """First 64 bytes as 8 little-endian words w0..w7:
 
-        w0 base; w1 bits 3:0 version 2, 6:4 rank-1, 10:7 element code, 12:11 interleave, 14:13 swizzle, 16 tf32 rounding,
-        18:17 L2 promotion, 20:19 swizzle atom, 63:32 stride of dim 1 / 16; w2 strides of dims 2 and 3 / 16; w3 bits 31:0
-        stride of dim 4 / 16, 47:32 bits 39:36 of the four strides; w4, w5, w6 low half: extents - 1; w6 bits 55:32 element
-        strides - 1 (3 bits each), 63:56 box[0]-1; w7 bytes 0..3 box[1..4]-1.
+        w0 base; w1 bits 3:0 version 2, 6:4 rank-1, 10:7 element code, 12:11 interleave, 14:13 swizzle, 16
+        tf32 rounding, 18:17 L2 promotion, 20:19 swizzle atom, 63:32 stride of dim 1 / 16; w2 strides of dims
+        2 and 3 / 16; w3 bits 31:0 stride of dim 4 / 16, 47:32 bits 39:36 of the four strides; w4, w5, w6 low
+        half: extents - 1; w6 bits 55:32 element strides - 1 (3 bits each), 63:56 box[0]-1; w7 bytes 0..3
+        box[1..4]-1.
         """
         w = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(8)]
         if w[1] & 15 != 2:
@@ -129,7 +132,8 @@ def encode_driver_descriptor(
     modes = {0: (0, 0), 1: (1, 0), 2: (2, 0), 3: (3, 0), 4: (3, 1), 6: (3, 3)}
     if swizzle not in modes or fill or any(s != 1 for s in element_strides):
         raise Fault(
-            f"cuTensorMapEncodeTiled: swizzle {swizzle}, fill {fill}, element strides {element_strides} not modelled"
+            f"cuTensorMapEncodeTiled: swizzle {swizzle}, fill {fill}, element strides {element_strides} "
+            f"not modelled"
         )
     rank = len(dims)
     words = [0] * 16
@@ -158,9 +162,11 @@ def encode_driver_descriptor(
 
 @functools.lru_cache(maxsize=4096)
 def swizzled_chunks(start: int, count: int, swizzle: int, atom: int) -> np.ndarray:
-    """16-byte chunk numbers of `count` dense chunks from byte `start`: an XOR on absolute shared-memory address bits.
+    """16-byte chunk numbers of `count` dense chunks from byte `start`: an XOR on absolute shared-memory
+    address bits.
 
-    16-byte atoms: bits 4.. ^= (address >> 7) & {1, 3, 7} for 32, 64, 128 B; 32-byte atoms: bits 5, 6 ^= bits 7, 8;
+    16-byte atoms: bits 4.. ^= (address >> 7) & {1, 3, 7} for 32, 64, 128 B; 32-byte atoms: bits 5, 6 ^= bits
+    7, 8;
     64-byte atoms: bit 6 ^= bit 7.
     """
     address = start + 16 * np.arange(count)
@@ -177,7 +183,8 @@ def swizzled_chunks(start: int, count: int, swizzle: int, atom: int) -> np.ndarr
 
 @dataclass
 class Box:
-    """The part of a box that is in bounds: a strided window of a buffer, and where it sits in the dense box."""
+    """The part of a box that is in bounds: a strided window of a buffer, and where it sits in the dense
+    box."""
 
     buffer: object
     offset: int  # bytes into the buffer
@@ -191,7 +198,8 @@ class Box:
 
 
 def clip(memory, tm: TensorMap, coords: tuple[int, ...], what: str) -> tuple[Box | None, tuple[int, ...]]:
-    """(in-bounds part, dense box shape in bytes). Element i of dimension d is in bounds iff 0 <= coord + i < extent."""
+    """(in-bounds part, dense box shape in bytes). Element i of dimension d is in bounds iff 0 <= coord + i <
+    extent."""
     if len(coords) != tm.rank:
         raise Fault(f"{what}: {len(coords)} coordinates for a tensor map of rank {tm.rank}")
     dense = tuple(reversed(tm.box[1:])) + (tm.inner_bytes,)
@@ -252,7 +260,8 @@ def write_box(
     check=None,
     ticket=None,
 ) -> object:
-    """Store (or reduce) dense box bytes; out-of-bounds elements are dropped. Returns the buffer written or None."""
+    """Store (or reduce) dense box bytes; out-of-bounds elements are dropped. Returns the buffer written or
+    None."""
     box, dense = clip(memory, tm, coords, "TMA store")
     if box is None:
         return None

@@ -1,7 +1,8 @@
 """Tensor memory: allocation, bounds, and the lane/column map of tcgen05.ld and tcgen05.st.
 
-TMEM of a CTA is 128 lanes x 512 columns of 32 bits; an address is lane << 16 | column (PTX ISA 9.7.16.1, "Tensor Memory
-Addressing"). A warp reaches only lanes 32*(warp % 4) .. +31 (9.7.16.2.3, "Access restrictions").
+TMEM of a CTA is 128 lanes x 512 columns of 32 bits; an address is lane << 16 | column (PTX ISA 9.7.16.1,
+"Tensor Memory Addressing"). A warp reaches only lanes 32*(warp % 4) .. +31 (9.7.16.2.3, "Access
+restrictions").
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class TensorMemory:
     def check_columns(self, start: int, count: int, what: str) -> None:
         if start < 0 or start + count > COLUMNS or not self.allocated[start : start + count].all():
             raise Fault(
-                f"{what} of TMEM columns {start}..{start + count} of CTA {self.cta.rank} reaches outside the live "
+                f"{what} of TMEM columns {start}..{start + count} of CTA {self.cta.rank} reaches outside "
+                f"the live "
                 f"allocations ({ {s: s + n for s, n in self.allocations.items()} or 'none'}: first..end)"
             )
 
@@ -72,7 +74,8 @@ class TensorMemory:
 
 @functools.lru_cache(maxsize=None)
 def register_map(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray]:
-    """(lane, column) of each [register, thread], lane relative to the warp's 32 (PTX ISA 9.7.16.2.3, "Data movement shape").
+    """(lane, column) of each [register, thread], lane relative to the warp's 32 (PTX ISA 9.7.16.2.3, "Data
+    movement shape").
 
     32x32b:  register j of thread t -> lane t, column j
     16x64b:  register j             -> lane t/4 + 8(t&1), column (t>>1 & 1) + 2j

@@ -1,11 +1,13 @@
 """Translate a parsed kernel into one Python function per basic block.
 
 Each opcode has one emitter (in an `isa_*` module). It runs twice: against a `Recorder`, which learns what the
-instruction reads, writes and how it views each register, and against a `Generator`, which produces the code. Between
-the two, every register gets a storage class (see `values`), and liveness decides which registers a block writes back.
+instruction reads, writes and how it views each register, and against a `Generator`, which produces the code.
+Between the two, every register gets a storage class (see `values`), and liveness decides which registers a
+block writes back.
 
-A block function takes the warp and its register list and returns the next block index, or BLOCKED (re-execute the block
-later), HOLD (wait for the warp's other lanes) or EXIT. An instruction that may wait therefore starts its own block.
+A block function takes the warp and its register list and returns the next block index, or BLOCKED (re-execute
+the block later), HOLD (wait for the warp's other lanes) or EXIT. An instruction that may wait therefore
+starts its own block.
 """
 
 from __future__ import annotations

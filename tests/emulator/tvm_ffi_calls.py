@@ -1,6 +1,7 @@
 """Call functions written for `--enable-tvm-ffi` (torch tensors as arguments) without the tvm_ffi package.
 
-Such a function is compiled from fake tensors; here it is compiled for the native entry instead, and torch arguments are
+Such a function is compiled from fake tensors; here it is compiled for the native entry instead, and torch
+arguments are
 packed as that entry takes a tensor: {address, dynamic extents, dynamic strides}.
 """
 

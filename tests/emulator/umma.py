@@ -1,8 +1,8 @@
 """tcgen05.mma and tcgen05.cp: descriptors, operand and accumulator layouts, arithmetic (PTX ISA 9.7.16).
 
-Arithmetic: operand products are exact in float64, one instruction's K terms are summed in float64, and the sum with D is
-rounded once to D's format. For NVFP4 (e2m1 times ue4m3 scales) that sum is exact, so it has no order. The hardware's
-internal alignment and truncation are not modelled.
+Arithmetic: operand products are exact in float64, one instruction's K terms are summed in float64, and the
+    sum with D is rounded once to D's format. For NVFP4 (e2m1 times ue4m3 scales) that sum is exact, so it has
+    no order. The hardware's internal alignment and truncation are not modelled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from .report import Fault
 class SmemDescriptor:
     """64-bit matrix descriptor (PTX ISA 9.7.16.5.1, "Shared memory descriptor").
 
-    bits 13:0 start address >> 4; 29:16 leading-dimension byte offset >> 4; 45:32 stride-dimension byte offset >> 4;
-    47:46 version (1); 51:49 base offset; 52 leading-dimension mode; 63:61 swizzle: 0 none, 1 128B with 32B atoms, 2 128B,
+    bits 13:0 start address >> 4; 29:16 leading-dimension byte offset >> 4; 45:32 stride-dimension byte offset
+    >> 4; 47:46 version (1); 51:49 base offset; 52 leading-dimension mode; 63:61 swizzle: 0 none, 1 128B with
+    32B atoms, 2 128B,
     4 64B, 6 32B. The start holds 18 address bits: it is always relative to the CTA that reads it.
     """
 
@@ -41,7 +42,8 @@ class SmemDescriptor:
             raise Fault(f"matrix descriptor {bits:#018x} has unknown swizzle {swizzle}")
         if base_offset or mode:
             raise Fault(
-                f"matrix descriptor {bits:#018x}: base offset {base_offset} and leading-dimension mode {mode} "
+                f"matrix descriptor {bits:#018x}: base offset {base_offset} and leading-dimension mode "
+                f"{mode} "
                 "are not modelled"
             )
         return SmemDescriptor(
@@ -54,7 +56,8 @@ _XOR = {0: 0, 2: 7, 4: 3, 6: 1}
 
 
 def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:
-    """XOR of absolute shared-memory address bits (PTX ISA, "Swizzling modes"): 16-byte chunk bits ^= address bits 7.."""
+    """XOR of absolute shared-memory address bits (PTX ISA, "Swizzling modes"): 16-byte chunk bits ^= address
+    bits 7.."""
     if swizzle == 1:  # 128B with 32-byte atoms: bits 5, 6 ^= bits 7, 8
         return address ^ (address >> 7 & 3) << 5
     return address ^ (address >> 7 & _XOR[swizzle]) << 4
@@ -64,7 +67,8 @@ def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:
 def k_major_chunks(desc: SmemDescriptor, rows: int, chunks: int) -> np.ndarray:
     """Byte offsets [rows, chunks] of the 16-byte chunks of a K-major operand (PTX ISA, "Canonical layouts").
 
-    Chunk u of row r: no swizzle (r%8)*16 + (r/8)*SBO + u*LBO; with swizzle pitch P (r%8)*P + (r/8)*SBO + u*16; then XOR.
+    Chunk u of row r: no swizzle (r%8)*16 + (r/8)*SBO + u*LBO; with swizzle pitch P (r%8)*P + (r/8)*SBO +
+    u*16; then XOR.
     """
     r, u = np.arange(rows)[:, None], np.arange(chunks)[None, :]
     if desc.swizzle == 0:
@@ -76,9 +80,11 @@ def k_major_chunks(desc: SmemDescriptor, rows: int, chunks: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def mn_major_elements(desc: SmemDescriptor, rows: int, depth: int, size: int) -> np.ndarray:
-    """Byte offsets [rows, depth] of the elements (of `size` bytes) of an MN-major operand, T = 16/size, w = P/size:
+    """Byte offsets [rows, depth] of the elements (of `size` bytes) of an MN-major operand, T = 16/size, w =
+    P/size:
 
-    no swizzle (i%T)*size + (i/T)*SBO + (k%8)*16 + (k/8)*LBO; swizzled (i%w)*size + (i/w)*LBO + (k%8)*P + (k/8)*SBO; XOR.
+    no swizzle (i%T)*size + (i/T)*SBO + (k%8)*16 + (k/8)*LBO; swizzled (i%w)*size + (i/w)*LBO + (k%8)*P +
+    (k/8)*SBO; XOR.
     The 32-byte-atom form has groups of 4 in k: (k%4)*128 + (k/4)*SBO.
     """
     i, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
@@ -101,9 +107,9 @@ def mn_major_elements(desc: SmemDescriptor, rows: int, depth: int, size: int) ->
 class InstructionDescriptor:
     """32-bit instruction descriptor (PTX ISA 9.7.16.4, "Instruction descriptor").
 
-    5:4 D format (0 f16, 1 f32, 2 s32), or the SFB id for block-scaled kinds; 9:7 A format; 12:10 B format; 13, 14 negate
-    A, B; 15, 16 A, B MN-major; 22:17 N/8; 23 scale format (0 ue4m3, 1 ue8m0); 28:24 M/16; 30:29 SFA id; 31 K = 96.
-    Bit 2 is sparsity, bit 3 saturation, 31:30 the maximum shift of .ws for plain kinds.
+    5:4 D format (0 f16, 1 f32, 2 s32), or the SFB id for block-scaled kinds; 9:7 A format; 12:10 B format;
+    13, 14 negate A, B; 15, 16 A, B MN-major; 22:17 N/8; 23 scale format (0 ue4m3, 1 ue8m0); 28:24 M/16; 30:29
+    SFA id; 31 K = 96. Bit 2 is sparsity, bit 3 saturation, 31:30 the maximum shift of .ws for plain kinds.
     """
 
     d: str
@@ -137,7 +143,8 @@ class InstructionDescriptor:
         d = "f32" if scaled else {0: "f16", 1: "f32", 2: "s32"}.get(bits >> 4 & 3, "?")
         if a not in names or b not in names or d == "?":
             raise Fault(
-                f"instruction descriptor {bits:#010x}: formats A {a}, B {b}, D {d} do not exist for kind::{kind}"
+                f"instruction descriptor {bits:#010x}: formats A {a}, B {b}, D {d} do not exist for "
+                f"kind::{kind}"
             )
         if bits & 4 or (scaled and bits >> 31):
             raise Fault(f"instruction descriptor {bits:#010x}: sparsity and K = 96 are not modelled")
@@ -165,7 +172,8 @@ _ELEMENT_BYTES = {"f16": 2, "bf16": 2, "tf32": 4}
 
 @functools.lru_cache(maxsize=None)
 def _byte_table(fmt: str) -> np.ndarray:
-    """float64[256]: value of an operand byte of an 8-bit kind; fp4 sits in bits 5:2 of its byte, fp6 in bits 6:1."""
+    """float64[256]: value of an operand byte of an 8-bit kind; fp4 sits in bits 5:2 of its byte, fp6 in bits
+    6:1."""
     byte = np.arange(256)
     if fmt == "e2m1":
         return decode_table(fmt)[byte >> 2 & 15].astype(np.float64)
@@ -258,9 +266,9 @@ def accumulator_index(layout: str, rows: int, n: int) -> tuple[np.ndarray, np.nd
 def scale_factors(
     tmem, address: int, sf_id: int, rows: int, count: int, fmt: str, halves: bool
 ) -> np.ndarray:
-    """float64[rows, count] scale factors (PTX ISA, "Scale factor layout"): byte j of row r is at lane r%32 (replicated to
-    the other three sub-partitions), column base + r/32, byte sf_id + j. `halves` is SFB of cta_group::2 with M = 128: the
-    second half of N is read at lanes 64.. with the column restarting."""
+    """float64[rows, count] scale factors (PTX ISA, "Scale factor layout"): byte j of row r is at lane r%32
+    (replicated to the other three sub-partitions), column base + r/32, byte sf_id + j. `halves` is SFB of
+    cta_group::2 with M = 128: the second half of N is read at lanes 64.. with the column restarting."""
     base = address & 0xFFFF
     r = np.arange(rows)
     lane, column = r % 32, r // 32
@@ -413,7 +421,8 @@ class Mma:
 
 @functools.lru_cache(maxsize=64)
 def copy_lanes(shape: str) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
-    """(rows, 16-byte chunks per row, destination lanes of each row) of a tcgen05.cp shape (PTX ISA, "tcgen05.cp"):
+    """(rows, 16-byte chunks per row, destination lanes of each row) of a tcgen05.cp shape (PTX ISA,
+    "tcgen05.cp"):
 
     32x128b.warpx4: row r -> lanes r, r+32, r+64, r+96; 64x128b.warpx2::02_13: r, r+64;
     64x128b.warpx2::01_23: 64*(r/32) + r%32 and +32; 128x128b, 128x256b: lane r; 4x256b: 32*r.
@@ -430,7 +439,8 @@ def copy_lanes(shape: str) -> tuple[int, int, tuple[tuple[int, ...], ...]]:
 
 
 def expand_narrow(data: np.ndarray, source: str) -> np.ndarray:
-    """Packed rows to byte holders: b4x16_p64 (8 of 16 bytes used) to fp4 in bits 5:2, b6x16_p32 (12 of 16) to fp6 in 6:1."""
+    """Packed rows to byte holders: b4x16_p64 (8 of 16 bytes used) to fp4 in bits 5:2, b6x16_p32 (12 of 16) to
+    fp6 in 6:1."""
     rows = data.reshape(data.shape[0], -1, 16)
     if source == "b4x16_p64":
         used = rows[:, :, :8]

@@ -1,6 +1,7 @@
 """Values of one warp's registers, and the arithmetic on them that generated code calls.
 
-A value is either uniform (one Python or NumPy scalar for the 32 lanes) or a NumPy array with one element per lane:
+A value is either uniform (one Python or NumPy scalar for the 32 lanes) or a NumPy array with one element per
+lane:
 
     class  holds                     uniform        per lane
     p      a predicate               bool           bool[32]
@@ -337,8 +338,9 @@ def funnel(low, high, n, left, wrap):
     return _per_lane(one)(low, high, n)
 
 
-# Floating point. Each f32 operation is one IEEE rounding; fma rounds its exact product and sum to f64 first, so it can
-# differ from hardware by one unit in the last place when the f64 result is a tie (about one operation in 2**29).
+# Floating point. Each f32 operation is one IEEE rounding; fma rounds its exact product and sum to f64 first,
+# so it can differ from hardware by one unit in the last place when the f64 result is a tie (about one
+# operation in 2**29).
 def fma32(a, b, c):
     product = np.multiply(a, b, dtype=_f64)
     return (product + c).astype(_f32)
@@ -369,7 +371,8 @@ def saturate(x):
 
 
 def funary(name, x):
-    """MUFU-style functions, evaluated in f64 and rounded once (hardware's approximations differ in the last bits)."""
+    """MUFU-style functions, evaluated in f64 and rounded once (hardware's approximations differ in the last
+    bits)."""
     y = np.asarray(x, _f64)
     with np.errstate(all="ignore"):
         result = {

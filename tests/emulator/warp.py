@@ -1,4 +1,5 @@
-"""A warp: 32 lanes that run translated blocks, and what they see of the machine (divergence, special registers)."""
+"""A warp: 32 lanes that run translated blocks, and what they see of the machine (divergence, special
+registers)."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class Warp:
     def name(self) -> str:
         return f"CTA {self.cta.ctaid} (cluster rank {self.cta.rank}) warp {self.index}"
 
-    # -- running -------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------
     def run(self, quantum: int) -> None:
         functions, counts, registers, pc = self.machine.functions, self.counts, self.R, self.pc
         if self.held:
@@ -68,7 +69,8 @@ class Warp:
         self.pc = pc
 
     def _diverged(self, following: int) -> bool:
-        """Handle a block's result when lanes are apart or the block did not complete; False stops the warp's turn."""
+        """Handle a block's result when lanes are apart or the block did not complete; False stops the warp's
+        turn."""
         if following == EXIT:
             self._exit_lanes(self.mask)
             if self.state == DONE:
@@ -203,7 +205,7 @@ class Warp:
         self.line = line
         raise Fault("trap: the kernel stopped itself (an assertion failed)")
 
-    # -- addresses and special registers ---------------------------------------------------------------------------
+    # -- addresses and special registers -------------------------------------------------------------------
     def symbol(self, name: str, offset: int):
         place = self.machine.symbols.get(name)
         if place is None:
