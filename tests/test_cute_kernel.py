@@ -95,7 +95,7 @@ def test_kernel_grid(tactic) -> None:
         split_k = min(SPLITS[i // 2 % len(SPLITS)], experts)
         emulation.run(
             replace(tactic, split_k=split_k), m, HIDDEN[(i + index) % len(HIDDEN)], intermediate, experts,
-            alpha_kind=ALPHA_KINDS[i % len(ALPHA_KINDS)], out_dtype=OUT_DTYPES[(i + index) % len(OUT_DTYPES)], seed=i,
+            alpha_kind=ALPHA_KINDS[i % len(ALPHA_KINDS)], out_dtype=OUT_DTYPES[index % len(OUT_DTYPES)], seed=i,
             schedule=("eager", "lazy", "random")[i // 3 % 3], sms=(148, 12)[i // 5 % 2],
         )
 
