@@ -9,7 +9,7 @@ from .memory import RANK_SHIFT, space_of
 from .opcodes import modifiers, op, runtime
 from .operands import one, shared_place
 from .ptx import Instr
-from .report import Fault, PtxError
+from .report import Fault
 from .values import LANES, spread
 
 _HINT = {"L2::cache_hint"}
@@ -215,8 +215,3 @@ def copy_fence(e, instr: Instr) -> None:
     destination, source, size = instr.operands
     e.line(f"w.line = {instr.line}")
     e.line(f"tensormap_copy(w, {e.address(destination)}, {e.address(source)}, {e.read(size, 'i')}, {e.mask})")
-
-
-@op("clusterlaunchcontrol")
-def cluster_launch_control(e, instr: Instr) -> None:
-    raise PtxError(f"line {instr.line}: unsupported: {instr.text}")

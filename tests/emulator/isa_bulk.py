@@ -28,7 +28,7 @@ class BulkOp:
         self.warp.machine.wake_one(self.warp)
 
 
-def _land(w, cluster, barriers: list, size: int, copy) -> None:
+def land(w, cluster, barriers: list, size: int, copy) -> None:
     """Submit a copy that signals mbarriers: `copy()` moves the data, then each barrier is credited `size`
     bytes."""
     for barrier in barriers:
@@ -93,7 +93,7 @@ def tma_load(w, destination, tensor, coords, barrier, multicast, group, mask):
             for smem, _bar in targets:
                 tma.scatter_smem(smem, offset, tm, data)
 
-        _land(w, cluster, [bar for _smem, bar in targets], tm.packed_bytes, copy)
+        land(w, cluster, [bar for _smem, bar in targets], tm.packed_bytes, copy)
 
 
 @runtime
@@ -274,7 +274,7 @@ def _bulk_to_shared(
             view = smem.bytes[offset : offset + count]
             view[:] = data if reduce is None else tma.combine(view.copy(), data, dtype, reduce)
 
-    _land(w, cluster, [bar for _smem, bar in targets], count, copy)
+    land(w, cluster, [bar for _smem, bar in targets], count, copy)
 
 
 @op("cp.async.bulk", "cp.reduce.async.bulk")

@@ -57,6 +57,7 @@ FAMILIES = (
     "isa_async",
     "isa_bulk",
     "isa_tcgen05",
+    "isa_clc",
 )
 
 

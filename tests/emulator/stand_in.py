@@ -85,7 +85,8 @@ def gpu_stand_in(
     collects them."""
     import cuda.bindings.driver as driver
     import cutlass.base_dsl.runtime.cuda as dsl_cuda
-    import cutlass.cute.testing as testing
+    import cutlass.cute.testing
+    import cutlass.testing
     import cutlass
     from cutlass.utils import HardwareInfo
 
@@ -140,7 +141,8 @@ def gpu_stand_in(
         ),
         dsl_cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
         cutlass.cuda: dict(initialize_cuda_context=lambda *_a, **_k: None),
-        testing: dict(benchmark=lambda *_a, **_k: 0.0),
+        cutlass.testing: dict(benchmark=lambda *_a, **_k: 0.0),
+        cutlass.cute.testing: dict(benchmark=lambda *_a, **_k: 0.0),
     }
     dlpack = torch.Tensor.__dlpack__
 
