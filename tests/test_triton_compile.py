@@ -9,14 +9,34 @@ from backends import Fc2Problem  # noqa: E402
 from backends.triton import tactic as rules  # noqa: E402
 from backends.triton.offline import compile_for  # noqa: E402
 
+CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+#: The kernels that multiply, and the tensor core instruction each is written for.
+MULTIPLIES = {"fc2_tiled": "mma", "fc2_few": "mma.sync", "fc2_routed": "mma.sync", "fc2_dense": "wgmma"}
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)], ids=str)
-def test_every_tactic_compiles(capability):
-    problem = Fc2Problem(24, 7168, 65536, 256, capability=capability)
-    for tactic in rules.tactics(problem):
+
+def _check(problem, capability):
+    tactics = rules.tactics(problem)
+    assert rules.default_tactic(problem) in tactics
+    for tactic in tactics:
         for name, kernel in compile_for(problem, tactic, capability).items():
             ptx = kernel.asm["ptx"]
             assert f".target sm_{capability[0] * 10 + capability[1]}" in ptx
             assert ".local" not in ptx, (tactic, name)
-            if name == "fc2_tiled":
-                assert "mma" in ptx, tactic
+            assert MULTIPLIES.get(name, "") in ptx, (tactic, name)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_every_tiled_tactic_compiles(capability):
+    _check(Fc2Problem(24, 7168, 65536, 256, capability=capability), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("m", [8, 24])
+def test_every_tactic_for_prepared_weights_compiles(capability, m):
+    _check(Fc2Problem(m, 7168, 65536, 256, b_layout=rules.PREPARED, capability=capability), capability)
+
+
+def test_wide_experts_compile():
+    """Experts of several 256-value chunks, linear scale factors, an odd number of experts."""
+    problem = Fc2Problem(24, 7168, 257 * 512, 257, a_layout="linear", b_layout=rules.PREPARED, capability=(9, 0))
+    assert set(compile_for(problem, rules.default_tactic(problem), (9, 0))) >= {"gather_tokens", "fc2_routed", "finish"}

@@ -5,12 +5,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from backends.problem import Fc2Problem
-from backends.triton import tiled
-from backends.triton.tactic import TritonTactic
+from backends.triton import dense, few, plan, prepared, routed, tiled
+from backends.triton.tactic import CHUNK, TritonTactic
 
 _TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_BYTES, _WORDS, _FLOATS = "*u8", "*i32", "*fp32"
 
 
 def compile_for(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
@@ -18,38 +20,89 @@ def compile_for(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int
 
     Needs no GPU: `CompiledKernel.asm` holds "ptx" and "cubin".
     """
-    sums = "*" + (_TRITON_TYPE[problem.out_dtype] if tactic.split == 1 else "fp32")
-    pointers = {"a_data": "*u8", "a_scale": "*u8", "b_data": "*u8", "b_scale": "*u8", "alpha": "*fp32", "out": sums}
-    constants = dict(
-        EXPERTS=problem.experts, INNER=problem.intermediate,
-        A_SWIZZLED=problem.a_layout == "128x4", B_SWIZZLED=problem.b_layout == "128x4",
-        BLOCK_N=tactic.block_n, BLOCK_M=tactic.block_m, BLOCK_K=tactic.block_k, SPLIT=tactic.split,
-    )  # fmt: skip
-    options = {"num_warps": tactic.num_warps, "num_stages": tactic.num_stages}
-    hidden_aligned = problem.n % 16 == 0
+    return {"tiled": _tiled, "few": _few, "gathered": _gathered}[tactic.form](problem, tactic, capability)
+
+
+def _tiled(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
+    out = "*" + _TRITON_TYPE[problem.out_dtype]
     kernels = {
         "fc2_tiled": _compile(
-            tiled.fc2_tiled, {**pointers, "tokens": "i32", "hidden": "i32"}, constants,
-            {*pointers} | ({"hidden"} if hidden_aligned else set()), capability, options,
-        )  # fmt: skip
-    }
+            tiled.fc2_tiled, capability,
+            dict(a_data=_BYTES, a_scale=_BYTES, b_data=_BYTES, b_scale=_BYTES, alpha=_FLOATS,
+                 out=out if tactic.split == 1 else _FLOATS, tokens="i32", hidden="i32"),
+            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=problem.a_layout == "128x4",
+                 B_SWIZZLED=problem.b_layout == "128x4", BLOCK_N=tactic.block_n, BLOCK_M=tactic.block_m,
+                 BLOCK_K=tactic.block_k, SPLIT=tactic.split),
+            num_warps=tactic.num_warps, num_stages=tactic.num_stages,
+        )
+    }  # fmt: skip
     if tactic.split > 1:
         kernels["sum_parts"] = _compile(
-            tiled.sum_parts, {"parts": "*fp32", "out": "*" + _TRITON_TYPE[problem.out_dtype], "numel": "i32"},
-            {"SPLIT": tactic.split, "BLOCK": 1024}, {"parts", "out"}, capability, {},
+            tiled.sum_parts, capability, dict(parts=_FLOATS, out=out, numel="i32"), dict(SPLIT=tactic.split, BLOCK=1024)
+        )
+    return kernels
+
+
+def _few(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
+    return {
+        "fc2_few": _compile(
+            few.fc2_few, capability,
+            dict(a_data=_WORDS, a_scale=_BYTES, w_data=_WORDS, w_scale=_WORDS, alpha=_FLOATS,
+                 out="*" + _TRITON_TYPE[problem.out_dtype], lists=_WORDS, tokens="i32", hidden="i32"),
+            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=problem.a_layout == "128x4",
+                 BLOCKS=tactic.block_n // 32, GROUPS=tactic.num_warps // 4, DEPTH=tactic.num_stages),
+            num_warps=tactic.num_warps,
+        )
+    }  # fmt: skip
+
+
+def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
+    has_dense = capability == (9, 0)
+    experts = dict(EXPERTS=problem.experts, EXPERTS_PADDED=1 << (problem.experts - 1).bit_length())
+    swizzled = problem.a_layout == "128x4"
+    tile_tokens = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+    kernels = {
+        "gather_tokens": _compile(
+            plan.gather_tokens, capability,
+            dict(a_data=_WORDS, a_scale=_BYTES, alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
+                 alpha_t=_FLOATS, gathered=_WORDS, tokens="i32", columns="i32"),
+            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, BLOCK=128, ROWS=8),
+        ),
+        "fc2_routed": _compile(
+            routed.fc2_routed, capability,
+            dict(w_data=_WORDS, w_scale=_WORDS, gathered=_WORDS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
+                 lists=_WORDS, sums=_FLOATS, tokens="i32", hidden="i32"),
+            dict(**experts, INNER=problem.intermediate, SETS=tactic.split, WIDTH=tactic.block_m, WARPS=tactic.num_warps,
+                 STAGES=tactic.num_stages, HAS_DENSE=has_dense),
+            num_warps=tactic.num_warps, maxnreg=prepared.registers(tactic),
+        ),
+        "finish": _compile(
+            plan.finish, capability,
+            dict(sums=_FLOATS, parts=_FLOATS, counts=_WORDS, out="*" + _TRITON_TYPE[problem.out_dtype], tokens="i32",
+                 hidden="i32", tiles="i32", token_tiles="i32", programs="i32"),
+            dict(**experts, CHUNKS=problem.k // CHUNK, SETS=tactic.split, TOKENS=tile_tokens, SLOTS=4, BLOCK=8,
+                 ROWS=tactic.block_n, PAD=routed.PAD.value, HAS_DENSE=has_dense),
+        ),
+    }  # fmt: skip
+    if has_dense:
+        kernels["fc2_dense"] = _compile(
+            dense.fc2_dense, capability,
+            dict(a_data=_WORDS, a_scale=_BYTES, w_data=_WORDS, w_scale=_WORDS, alpha_t=_FLOATS, counts=_WORDS,
+                 parts=_FLOATS, tokens="i32", columns="i32", tiles="i32", rows32="i32"),
+            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tile_tokens, SLOTS=4, WARPS=8),
+            num_warps=8,
         )  # fmt: skip
     return kernels
 
 
 def _compile(
-    fn: object,
-    signature: dict[str, str],
-    constants: dict[str, object],
-    aligned: set[str],
-    capability: tuple[int, int],
-    options: dict[str, int],
+    fn: object, capability: tuple[int, int], arguments: dict[str, str], constants: dict[str, object], **options: int
 ) -> CompiledKernel:
-    full = {name: signature.get(name, "constexpr") for name in fn.arg_names}
+    """One kernel, with pointers known to be 16-byte aligned, and `hidden` and `columns` to be multiples of 16."""
+    signature = {name: arguments.get(name, "constexpr") for name in fn.arg_names}
+    aligned = {name for name, kind in arguments.items() if kind.startswith("*") or name in ("hidden", "columns")}
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn, full, {(fn.arg_names.index(k),): v for k, v in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32), options=options)
+    source_type = GluonASTSource if fn.is_gluon() else ASTSource
+    source = source_type(fn, signature, {(fn.arg_names.index(k),): v for k, v in constants.items()}, attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    return triton.compile(source, target=target, options=options)

@@ -1,7 +1,7 @@
 """Tactics of the Triton backend and the rules they obey; pure values, no triton import."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.interface import SUPPORTED, Support
 from backends.operand import BLOCK
@@ -20,7 +20,7 @@ _TARGET_PROGRAMS = 512
 _MAX_SPLIT = 32
 #: block_n, block_m, split, num_stages of the "gathered" tactics that were best at some number of tokens.
 _GATHERED = (
-    (64, 8, 5, 1), (64, 8, 5, 2), (64, 8, 7, 1), (64, 16, 3, 2), (64, 16, 4, 1), (64, 16, 4, 2), (128, 16, 4, 1), (128, 16, 4, 2),
+    (64, 8, 5, 1), (64, 8, 5, 2), (64, 8, 7, 1), (64, 16, 3, 1), (64, 16, 3, 2), (64, 16, 4, 2), (128, 16, 4, 1), (128, 16, 4, 2),
 )  # fmt: skip
 
 
@@ -138,8 +138,10 @@ def default_tactic(problem: Fc2Problem) -> TritonTactic:
         return TritonTactic("few", 64, FEW_TOKENS, CHUNK, 1, num_warps=16, num_stages=2)
     if problem.b_layout == PREPARED:
         if problem.m <= 128:
-            return TritonTactic("gathered", 64, 8, CHUNK, split=5, num_warps=4, num_stages=1)
-        return TritonTactic("gathered", 64, 16, CHUNK, split=4 if problem.m <= 256 else 3, num_warps=4, num_stages=1)
+            return TritonTactic("gathered", 64, 8, CHUNK, split=7, num_warps=4, num_stages=1)
+        if problem.m <= 256:
+            return TritonTactic("gathered", 128, 16, CHUNK, split=4, num_warps=8, num_stages=1)
+        return TritonTactic("gathered", 64, 16, CHUNK, split=3, num_warps=4, num_stages=1)
     block_m = min(64, max(16, _next_power_of_two(problem.m)))
     block_k = min(128, max(32, _next_power_of_two(problem.intermediate)))
     tiles = -(-problem.n // 64) * -(-problem.m // block_m)
@@ -152,15 +154,15 @@ def tactics(problem: Fc2Problem) -> list[TritonTactic]:
     base = default_tactic(problem)
     grid = [base]
     if problem.b_layout == PREPARED:
-        for block_n, num_warps, num_stages in ((64, 16, 1), (64, 8, 3), (32, 8, 4), (32, 16, 2)):
+        for block_n, num_warps, num_stages in ((64, 16, 1), (32, 8, 4)):
             grid.append(TritonTactic("few", block_n, FEW_TOKENS, CHUNK, 1, num_warps, num_stages))
         for block_n, block_m, split, num_stages in _GATHERED:
             grid.append(TritonTactic("gathered", block_n, block_m, CHUNK, split, block_n // 16, num_stages))
     else:
         for block_n, num_warps in ((64, 4), (128, 8)):
             for block_m in (16, 32, 64):
-                for split in dict.fromkeys((1, base.split, min(problem.experts, 2 * base.split))):
-                    grid.append(TritonTactic("tiled", block_n, block_m, base.block_k, split, num_warps))
+                grid.append(TritonTactic("tiled", block_n, block_m, base.block_k, base.split, num_warps))
+        grid.append(replace(base, split=1))
     return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
 
 
