@@ -95,6 +95,10 @@ class Fc2Backend(ABC):
         """B in the order this backend reads fastest; b itself where that is the plain form."""
         return b
 
+    def prepared_layout(self, problem: Fc2Problem) -> str:
+        """`b_layout` of this problem's weights after `prepare`, where that makes it faster; "" where it does not."""
+        return ""
+
     def unprepare(self, b: Operand) -> Nvfp4Tensor:
         """The exact inverse of `prepare`, in the "128x4" layout."""
         if isinstance(b, Nvfp4Tensor):

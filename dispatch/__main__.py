@@ -219,17 +219,9 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def prepared_layouts(problem: Fc2Problem, device: DeviceInfo, backends: Optional[Sequence[str]]) -> list[str]:
     """The layouts that weights of this shape have once the backends of the device have prepared them."""
-    from backends.operand import Nvfp4Tensor, scale_shape
-
-    layouts = []
-    for name in backends or registry.names():
-        backend = registry.get(name)
-        if not backend.is_automatic(device):
-            continue
-        k = problem.k  # 128 rows stand for all
-        zeros = torch.zeros((128, k // 2), dtype=torch.uint8), torch.zeros(scale_shape(128, k, "128x4"), dtype=torch.uint8)
-        layouts.append(backend.prepare(Nvfp4Tensor(*zeros)).layout)
-    return [layout for layout in dict.fromkeys(layouts) if "/" in layout]
+    problem = replace(problem, device_type=device.type, capability=device.capability)
+    runnable = [registry.get(n) for n in backends or registry.names() if registry.get(n).is_automatic(device)]
+    return [layout for layout in dict.fromkeys(b.prepared_layout(problem) for b in runnable) if layout]
 
 
 def _fit(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Mapping, Optional, Sequence
 
 from backends import registry
@@ -30,7 +30,8 @@ class Point:
 
 
 def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
-    """The points reordered so that, wherever the run stops, token counts are covered evenly: ends, middle, quarters."""
+    """The points shape by shape, since a shape's weights take seconds to make; inside one, token counts in the order
+    ends, middle, quarters, so that they are covered evenly wherever the run stops."""
     by_m = sorted({p.problem.m for p in points})
     order: list[int] = []
     ranges = [(0, len(by_m) - 1)]
@@ -40,7 +41,8 @@ def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
             middle = (low + high) // 2
             ranges += [(low, middle), (middle, high)]
     rank = {by_m[i]: position for position, i in enumerate(order)}
-    return sorted(points, key=lambda p: rank[p.problem.m])
+    shapes = list(dict.fromkeys(replace(p.problem, m=1) for p in points))
+    return sorted(points, key=lambda p: (shapes.index(replace(p.problem, m=1)), rank[p.problem.m]))
 
 
 def next_m(times: Mapping[int, Mapping[Tactic, float]]) -> Optional[int]:

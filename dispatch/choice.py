@@ -471,7 +471,7 @@ def _warning(taken: Candidate, problem: Fc2Problem, rejected: list[Candidate]) -
     if problem.device_type != "cuda":
         return ""
     backend = registry.get(taken.backend)
-    if type(backend).prepare is not Fc2Backend.prepare and "/" not in problem.b_layout:
+    if "/" not in problem.b_layout and backend.prepared_layout(problem):
         return (
             f"b is not prepared, and backend {taken.backend!r} reads prepared weights much faster: "
             "call b = dispatch.prepare(b) once, at load"

@@ -156,8 +156,8 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
     """Experts that nobody selected are skipped. Every set of tactic fields but the split has an efficiency of its own.
 
     "tiled" reads the weights again for each tile of tokens, and multiplies whole tiles by each expert that the tile
-    needs. The forms for prepared weights read each needed expert once; those for routed alpha multiply only the rows
-    that selected it, in groups of 8.
+    needs. The forms for prepared weights read each needed expert once, and multiply it with the tokens that selected it
+    in groups of block_m, or with all tokens where alpha is dense.
     """
     shape = ",".join(f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic) if f.name not in ("form", "split"))
     split = max(1, getattr(tactic, "split", 1))
@@ -172,7 +172,8 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
         return Work("triton/tiled", shape, problem.weight_bytes * share * tiles + rest, _pair_flops(problem, rows), wave_factor)
     dense = alpha in (ALPHA_DENSE, ALPHA_ANY)
     active = problem.experts * share
-    rows = problem.m * active if dense else active * _round_up(-(-problem.m * top_k_of(alpha, problem.experts) // active), 8)
+    pairs = problem.m * top_k_of(alpha, problem.experts)
+    rows = problem.m * active if dense else active * _round_up(-(-pairs // active), tactic.block_m)
     kind = "dense" if dense else "routed"
     return Work(f"triton/{tactic.form} {kind}", shape, problem.weight_bytes * share + rest, _pair_flops(problem, rows), 1.0)
 

@@ -37,6 +37,7 @@ SHAPES: dict[str, Shape] = {
     for shape in (
         Shape("deepseek-v3-tp8", 7168, 256, 256, 8),
         Shape("deepseek-v3-tp4", 7168, 512, 256, 8),
+        Shape("qwen3-235b-tp2", 4096, 768, 128, 8),
         Shape("qwen3-235b-tp4", 4096, 384, 128, 8),
         Shape("mixtral-8x7b-tp8", 4096, 1792, 8, 2),
         Shape("gpt-oss-120b-tp4", 2880, 720, 128, 4),

@@ -212,6 +212,8 @@ def test_the_plan_never_holds_what_misses_the_accuracy_bar():
 def test_coarse_to_fine_covers_evenly_wherever_it_stops():
     points = [Point(problem(m), "dense") for m in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     assert [p.problem.m for p in coarse_to_fine(points)] == [1, 256, 16, 4, 64, 2, 8, 32, 128]
+    two = [Point(replace(problem(m), n=n), "dense") for m in (1, 2, 4) for n in (7168, 64)]
+    assert [(p.problem.n, p.problem.m) for p in coarse_to_fine(two)] == [(n, m) for n in (7168, 64) for m in (1, 4, 2)]
 
 
 def test_buckets_are_refined_where_the_wrong_winner_costs():

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -93,6 +94,10 @@ class TritonBackend(Fc2Backend):
             ValueError: b has negative scale factors.
         """
         return b if b.shape[1] % rules.CHUNK else layout.prepare(b)
+
+    def prepared_layout(self, problem: Fc2Problem) -> str:
+        fast = replace(problem, b_layout=PREPARED)
+        return PREPARED if self.can_implement(fast, self.default_tactic(fast)) else ""
 
     def unprepare(self, b: Operand) -> Nvfp4Tensor:
         if isinstance(b, PreparedOperand) and b.layout == PREPARED:
