@@ -8,7 +8,15 @@ import torch
 from backends import DeviceInfo, Fc2Problem, Nvfp4Tensor
 from backends.triton import layout
 from backends.triton.backend import TritonBackend
-from backends.triton.tactic import PREPARED, TritonTactic, can_implement, default_tactic, tactics
+from backends.triton.tactic import (
+    PREPARED,
+    TritonTactic,
+    can_implement,
+    default_tactic,
+    dense_tiling,
+    specialization,
+    tactics,
+)
 from tests.reference import ALPHA_KINDS, assert_meets_bar, make_alpha, make_operands, reference
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -107,6 +115,28 @@ def test_default_can_run(m):
     assert can_implement(problem, default_tactic(problem))
     assert default_tactic(problem).form == ("few" if m <= 8 else "gathered")
     assert default_tactic(problem) in tactics(problem)
+
+
+def test_token_counts_share_kernels():
+    tactic = default_tactic(_problem(300))
+    same = {specialization(_problem(m, n=7168), tactic) for m in range(65, 129)}
+    assert len(same) == 1
+    assert specialization(_problem(1300, n=7168), tactic) != same.pop()
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 17, 64, 65, 200, 512])
+@pytest.mark.parametrize("hidden", [72, 192, 7168])
+def test_dense_units_fit_their_slots(tokens, hidden):
+    """Every tile's units fall to at most `slots` programs, and all units to some program."""
+    tiling = dense_tiling(tokens, hidden, 20 * 256)
+    units = tiling.tiles * 20
+    owner = [((unit + 1) * tiling.programs - 1) // units for unit in range(units)]
+    for program in range(tiling.programs):
+        share = range(program * units // tiling.programs, (program + 1) * units // tiling.programs)
+        assert all(owner[unit] == program for unit in share)
+    for tile in range(tiling.tiles):
+        assert owner[tile * 20 + 19] - owner[tile * 20] < tiling.slots
+    assert tiling.tokens * tiling.token_tiles >= tokens
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,8 @@ def _interpreting() -> bool:
 
 
 def _kernel_key(problem: Fc2Problem, tactic: TritonTactic) -> tuple:
-    """Everything but M that selects the compiled kernels."""
     device = torch.cuda.current_device() if problem.device_type == "cuda" else None
-    return (tactic, problem.n, problem.k, problem.experts, problem.out_dtype, problem.a_layout, problem.b_layout, device)
+    return (device, *rules.specialization(problem, tactic))
 
 
 def _zeros(rows: int, k: int, layout: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, str]:

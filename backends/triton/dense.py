@@ -9,7 +9,7 @@ from backends.triton.fragments import decode_activations, decode_weights, load1,
 AHEAD = gl.constexpr(5)
 
 
-@gluon.jit(do_not_specialize=["tokens"])
+@gluon.jit(do_not_specialize=["tokens", "tiles"])
 def fc2_dense(
     a_data, a_scale, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, rows32,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,

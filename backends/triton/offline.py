@@ -9,7 +9,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from backends.problem import Fc2Problem
 from backends.triton import dense, few, plan, prepared, routed, tiled
-from backends.triton.tactic import CHUNK, TritonTactic
+from backends.triton.tactic import CHUNK, TritonTactic, dense_tiling
 
 _TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BYTES, _WORDS, _FLOATS = "*u8", "*i32", "*fp32"
@@ -60,7 +60,7 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
     has_dense = capability == (9, 0)
     experts = dict(EXPERTS=problem.experts, EXPERTS_PADDED=1 << (problem.experts - 1).bit_length())
     swizzled = problem.a_layout == "128x4"
-    tile_tokens = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+    tiling = dense_tiling(problem.m, problem.n, problem.k)
     kernels = {
         "gather_tokens": _compile(
             plan.gather_tokens, capability,
@@ -80,7 +80,7 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
             plan.finish, capability,
             dict(sums=_FLOATS, parts=_FLOATS, counts=_WORDS, out="*" + _TRITON_TYPE[problem.out_dtype], tokens="i32",
                  hidden="i32", tiles="i32", token_tiles="i32", programs="i32"),
-            dict(**experts, CHUNKS=problem.k // CHUNK, SETS=tactic.split, TOKENS=tile_tokens, SLOTS=4, BLOCK=8,
+            dict(**experts, CHUNKS=problem.k // CHUNK, SETS=tactic.split, TOKENS=tiling.tokens, SLOTS=tiling.slots, BLOCK=8,
                  ROWS=tactic.block_n, PAD=routed.PAD.value, HAS_DENSE=has_dense),
         ),
     }  # fmt: skip
@@ -89,7 +89,7 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
             dense.fc2_dense, capability,
             dict(a_data=_WORDS, a_scale=_BYTES, w_data=_WORDS, w_scale=_WORDS, alpha_t=_FLOATS, counts=_WORDS,
                  parts=_FLOATS, tokens="i32", columns="i32", tiles="i32", rows32="i32"),
-            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tile_tokens, SLOTS=4, WARPS=8),
+            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tiling.tokens, SLOTS=tiling.slots, WARPS=8),
             num_warps=8,
         )  # fmt: skip
     return kernels

@@ -9,14 +9,7 @@ from backends.triton.dense import fc2_dense
 from backends.triton.few import fc2_few
 from backends.triton.plan import finish, gather_tokens
 from backends.triton.routed import PAD, fc2_routed
-from backends.triton.tactic import CHUNK, TritonTactic
-
-#: Tokens per pass of the "gathered" form: bounds its scratch memory (at most 0.2 GB at N = 7168, K = 65536).
-PASS_TOKENS = 512
-# Programs of the dense kernel: one per multiprocessor of an H100 or H200. Part of the order of additions, and therefore
-# a constant rather than a property of the device.
-_DENSE_PROGRAMS = 132
-_DENSE_ROWS = 128
+from backends.triton.tactic import CHUNK, DENSE_ROWS, PASS_TOKENS, TritonTactic, dense_tiling
 
 
 def run(
@@ -65,13 +58,8 @@ def _gathered(
     padded = 1 << (experts - 1).bit_length()
     sets, width, rows = tactic.split, tactic.block_m, tactic.block_n
     strips = -(-hidden // rows)
-    chunks = problem.k // CHUNK
     has_dense = problem.capability == (9, 0)
-    tile_tokens = min(64, max(16, 1 << (tokens - 1).bit_length()))
-    token_tiles = -(-tokens // tile_tokens)
-    tiles = -(-hidden // _DENSE_ROWS) * token_tiles
-    programs = min(_DENSE_PROGRAMS, tiles * chunks)
-    slots = -(-programs // tiles) + 1  # programs that a tile's units can fall to
+    tiling = dense_tiling(tokens, hidden, problem.k)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -84,7 +72,7 @@ def _gathered(
     gathered = scratch(experts, wide, inner // 2, dtype=torch.int32)
     lists = scratch(sets, strips, experts * -(-tokens // width), dtype=torch.int32)
     sums = scratch(sets, strips, tokens + PAD.value, rows)
-    parts = scratch(tiles if has_dense else 0, slots, tile_tokens, _DENSE_ROWS)
+    parts = scratch(tiling.tiles if has_dense else 0, tiling.slots, tiling.tokens, DENSE_ROWS)
 
     gather_tokens[(experts,)](
         words, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
@@ -96,15 +84,15 @@ def _gathered(
         STAGES=tactic.num_stages, HAS_DENSE=has_dense, num_warps=tactic.num_warps, maxnreg=registers(tactic),
     )  # fmt: skip
     if has_dense:
-        fc2_dense[(programs,)](
-            words, a_scale, weights, factors, alpha_t, counts, parts, tokens, columns, tiles, round_up(hidden, 128) // 32,
-            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, TOKENS=tile_tokens, SLOTS=slots,
-            WARPS=8, num_warps=8,
+        fc2_dense[(tiling.programs,)](
+            words, a_scale, weights, factors, alpha_t, counts, parts, tokens, columns, tiling.tiles, round_up(hidden, 128) // 32,
+            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, TOKENS=tiling.tokens,
+            SLOTS=tiling.slots, WARPS=8, num_warps=8,
         )  # fmt: skip
     finish[(-(-hidden // 64), -(-tokens // 8))](
-        sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
-        EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=chunks, SETS=sets, TOKENS=tile_tokens, SLOTS=slots, BLOCK=8,
-        ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, num_warps=4,
+        sums, parts, counts, out, tokens, hidden, tiling.tiles, tiling.token_tiles, tiling.programs,
+        EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=problem.k // CHUNK, SETS=sets, TOKENS=tiling.tokens,
+        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, num_warps=4,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from backends.interface import SUPPORTED, Support
 from backends.operand import BLOCK
@@ -130,6 +131,46 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic) -> Support:
     if tactic.num_stages not in (1, 2):
         return Support(False, f"num_stages is {tactic.num_stages}; form 'gathered' takes 1 or 2")
     return SUPPORTED
+
+
+class DenseTiling(NamedTuple):
+    """How the dense kernel of form "gathered" divides a call: see `dense.fc2_dense`."""
+
+    tokens: int  # per tile
+    token_tiles: int
+    tiles: int
+    programs: int
+    slots: int  # most programs that share a tile
+
+
+#: Tokens per pass of the "gathered" form: bounds its scratch memory (at most 0.2 GB at N = 7168, K = 65536).
+PASS_TOKENS = 512
+#: Rows of B per tile of the dense kernel.
+DENSE_ROWS = 128
+# Programs of the dense kernel: one per multiprocessor of an H100 or H200. They decide the order of additions, hence a
+# constant and not a property of the device.
+_DENSE_PROGRAMS = 132
+
+
+def dense_tiling(tokens: int, hidden: int, k: int) -> DenseTiling:
+    """The tiling for one pass of up to `PASS_TOKENS` tokens."""
+    width = min(64, max(16, _next_power_of_two(tokens)))
+    token_tiles = -(-tokens // width)
+    tiles = -(-hidden // DENSE_ROWS) * token_tiles
+    programs = min(_DENSE_PROGRAMS, tiles * (k // CHUNK))
+    return DenseTiling(width, token_tiles, tiles, programs, -(-programs // tiles) + 1)
+
+
+def specialization(problem: Fc2Problem, tactic: TritonTactic) -> tuple:
+    """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
+    passes: set = set()
+    if tactic.form == "gathered":
+        last = problem.m % PASS_TOKENS
+        sizes = [PASS_TOKENS] * (problem.m >= PASS_TOKENS) + [last] * (last > 0)
+        tilings = (dense_tiling(size, problem.n, problem.k) for size in sizes)
+        passes = {(t.tokens, t.slots) for t in tilings}
+    layouts = (problem.out_dtype, problem.a_layout, problem.b_layout)
+    return (tactic, problem.n, problem.k, problem.experts, *layouts, frozenset(passes))
 
 
 def default_tactic(problem: Fc2Problem) -> TritonTactic:
