@@ -135,7 +135,10 @@ def _environment(arguments: argparse.Namespace) -> int:
         print(f"  {name}: {state}{f': {reason}' if reason else ''} (kernel {environment.kernel_fingerprint(type(backend))})")
     print("\nmeasured tables in the package:")
     for table in store.shipped_tables().values():
-        print(f"  {_counts(table)}; model {'fitted' if table.model else 'none'}")
+        own = replace(table, entries=tuple(e for e in table.entries if "kernel" in e.notes))
+        changed = store.fresh(own)[1]
+        since = f"; {changed} times are of kernels that have changed since" if changed else ""
+        print(f"  {_counts(table)}; model {'fitted' if table.model else 'none'}{since}")
     used = store.shipped_for(device)
     print(f"  for {device.name}: {used.gpu if used else 'none'}")
     settings = environment.settings()

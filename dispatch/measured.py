@@ -17,6 +17,8 @@ from dispatch.model import ALPHA_ANY, ALPHA_DENSE, Family, Model, top_k_of
 from dispatch.shapes import assumed_top_k
 
 SCHEMA = 1
+#: The failure of a tactic that may yet run with fewer tokens.
+OUT_OF_MEMORY = "out of device memory"
 #: Fields of a record that make its problem; device type and capability are the table's.
 PROBLEM_FIELDS = ("m", "n", "k", "experts", "out_dtype", "a_layout", "b_layout")
 
@@ -234,13 +236,13 @@ class Measured:
         # Shape -> m -> alpha -> tactic -> entry.
         self._index: dict[tuple, dict[int, dict[str, dict[Tactic, Entry]]]] = {}
         self._users: set[tuple] = set()
-        self._failures: dict[tuple, dict[Tactic, str]] = {}
+        self._failures: dict[tuple, list[Entry]] = {}
         for table in (shipped, user):
             for entry in table.entries if table else ():
                 if entry.seconds is not None:
                     self._add(entry, table is user)
                 else:
-                    self._failures.setdefault(_shape(entry.problem), {})[entry.tactic] = entry.failure
+                    self._failures.setdefault(_shape(entry.problem), []).append(entry)
         self._views: dict[tuple, tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]] = {}
         self._similar = {_loose(shape): shape for shape in self._index}
 
@@ -272,7 +274,11 @@ class Measured:
             timed,
             exact=shape in self._index,
             by_user=any((shape, problem.m, form) in self._users for form in (forms[0], ALPHA_ANY)),
-            failures=self._failures.get(shape, {}),
+            failures={
+                e.tactic: e.failure
+                for e in self._failures.get(shape, ())
+                if e.problem.m <= problem.m or e.failure != OUT_OF_MEMORY
+            },
             model=self.model,
         )
 
@@ -301,7 +307,7 @@ class Evidence:
         timed: tactics among them, in a fixed order.
         exact: False where the entries are for another output type or layout of a.
         by_user: whether those at this m are the user's own measurements.
-        failures: tactics that failed at this shape, whatever m, with the reason.
+        failures: tactics that failed at this shape, with the reason; whatever m, but that memory may suffice for less.
         model: for what was not measured.
     """
 

@@ -278,7 +278,10 @@ class _Tuner:
                         try:
                             self._tune(point, len(waiting) + 1, bar)
                         except InputsFailed as error:
-                            self.report.impossible.append((point, str(error)))
+                            if self._seconds_left() > 0:
+                                self.report.impossible.append((point, str(error)))
+                            else:
+                                self.report.left.append(point)
                     bar.update()
                     if refine and not waiting and self._seconds_left() > 0:
                         waiting = self._between()
@@ -299,7 +302,7 @@ class _Tuner:
         wanted = table_problem(point.problem)
         found = [e for e in (table.entries if table else ()) if e.problem == wanted and e.alpha == point.alpha]
         found = [e for e in found if not self.backends or e.tactic.backend in self.backends]
-        return [] if any("cut" in e.notes for e in found) else found
+        return [] if all("cut" in e.notes for e in found) else found
 
     def _between(self) -> list[Point]:
         """Further points, where a bucket between two tuned token counts is too coarse."""

@@ -27,6 +27,7 @@ from backends.interface import Fc2Backend, Operand
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch import check, inputs
+from dispatch.measured import OUT_OF_MEMORY
 from dispatch.model import active_share
 from dispatch.timing import GraphRunner, HostRunner, Launch, Runner, cold_sets
 
@@ -208,7 +209,7 @@ def serve() -> None:
                 answers.write(json.dumps(answer) + "\n")
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            answers.write(json.dumps({"failed": "out of device memory"}) + "\n")
+            answers.write(json.dumps({"failed": OUT_OF_MEMORY}) + "\n")
         except Exception as error:
             ended = not _usable()
             answer = {"failed": f"{type(error).__name__}: {error}".strip()[:500], "ended": ended}

@@ -20,7 +20,7 @@ from backends.triton.backend import TritonBackend
 from dispatch import ArgumentError, ArgumentTypeError, UnavailableError, environment, execute, store
 from dispatch.choice import MODEL_MARGIN, NOTHING, TIE_MARGIN, Pin, choose, pick_among
 from dispatch.hardware import GPUS
-from dispatch.measured import Entry, Measured, Table
+from dispatch.measured import OUT_OF_MEMORY, Entry, Measured, Table
 from dispatch.model import Model, fit
 
 B200, H200 = GPUS["B200"].device, GPUS["H200"].device
@@ -228,6 +228,14 @@ def test_a_tactic_that_failed_while_tuning_is_not_taken():
     assert decision.tactic == FAST
     assert f"not {default}: failed while tuning this shape: wrong result" in str(decision)
     assert choose(problem(16, H200), H200, known, tactic=default).tactic == default, "the caller may still ask for it"
+
+
+def test_what_lacked_memory_may_run_with_fewer_tokens():
+    default = TRITON.default_tactic(problem(16, H200))
+    known = Measured(None, table(entry(64, default, 0, failure=OUT_OF_MEMORY), entry(256, FAST, 5.0)))
+    assert choose(problem(256, H200), H200, known, tactic={"form": "tiled"}).tactic == FAST
+    assert default in known.evidence(problem(64, H200)).failures
+    assert not known.evidence(problem(16, H200)).failures
 
 
 def test_a_measured_tactic_that_cannot_run_here_is_refused_with_its_reason():

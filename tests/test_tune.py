@@ -105,6 +105,16 @@ def test_operands_name_the_problem_and_torch_alone_suffices():
     assert (decision.tactic, decision.source) == (TorchTactic(), "measured")
 
 
+def test_points_cut_short_are_measured_anew():
+    tuner = tune._Tuner("cpu", CPU, 60, None, 4, False)
+    point = Point(PROBLEM, "topk:1")
+    partly = Entry(table_problem(PROBLEM), "topk:1", TorchTactic(), 1e-3, notes={"cut": "1 of 4"})
+    store.remember(CPU, [partly])
+    assert tuner._known(point) == []
+    store.remember(CPU, [replace(partly, notes={})])
+    assert len(tuner._known(point)) == 1
+
+
 def test_judging_decisions_stores_nothing(cache):
     store.remember(CPU, [Entry(table_problem(PROBLEM), "topk:1", TorchTactic(), 1e-3)])
     (result,) = judge([PROBLEM], ms=[3], budget_s=60, progress=False)
