@@ -2,7 +2,7 @@
 
 One program fills a multiprocessor with specialized warps:
 
-- the first 4 copy weights from global to shared memory (asynchronous copies, WEIGHT_STAGES chunks ahead) and decode
+- the first 4 copy weights from global to shared memory (asynchronous copies, COPY_STAGES chunks ahead) and decode
   activations to float16 in shared memory, where the instruction wants its right operand;
 - each of the CONSUMERS groups of 4 decodes the weights of 64 rows into registers, the left operand, and multiplies.
   Partial sums of one expert and the running total are both in registers, so alpha applies to float32 sums.
@@ -48,14 +48,16 @@ _PLAIN2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit(do_not_specialize=["tokens"])
 def pack_activations(
     a_data, a_scale, counts, packed, units, tokens, columns,
-    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
+    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Activations in the order and packing that `fc2_warpgroup` decodes; one thread per token and 64 values of K.
 
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
-        packed: int32 [K/64, columns, 8]: word 2s + h holds the values at slots 8h .. 8h+7 of step s, packed as weights are.
-        units: int32 [K/64, columns], four scale factors each: bits 14..7 of the float16 64*s. Signs go to the values.
+        packed: int32 [K/256, columns / TOKENS, quarter 4, TOKENS, 8]: word 2s + h holds the values at slots 8h .. 8h+7 of
+            step s, packed as weights are.
+        units: int32 [K/256, columns / TOKENS, quarter 4, TOKENS], four scale factors each: bits 14..7 of the float16 64*s.
+            Signs go to the values.
         columns: tokens, rounded up to whole tiles; values past the last token are zero.
     """
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -92,7 +94,8 @@ def pack_activations(
         gl.join(gl.join(outputs[1], outputs[5]), gl.join(outputs[3], outputs[7])),
     )
     joined = gl.convert_layout(gl.reshape(joined, [128, 8]), WIDE)
-    row = quarter.to(gl.int64) * columns + m
+    tile = quarter // 4 * (columns // TOKENS) + m // TOKENS
+    row = (tile * 4 + quarter % 4).to(gl.int64) * TOKENS + m % TOKENS
     stored = m < columns
     gl.store(packed + row[:, None] * 8 + i[None, :], joined, mask=stored[:, None])
     unit = scales - scales
@@ -112,12 +115,12 @@ def _field(words, pair: gl.constexpr, SIGN: gl.constexpr, MAGNITUDE: gl.constexp
     return ((code & 0x00080008) << (SIGN - 3)) | ((code & 0x00070007) << MAGNITUDE)
 
 
-@gluon.jit(do_not_specialize=["tokens", "columns", "tiles", "slots", "blocks"])
+@gluon.jit(do_not_specialize=["tokens", "tiles", "slots", "blocks"])
 def fc2_warpgroup(
-    packed, units, w_data, w_scale, alpha_t, counts, parts, tokens, columns, tiles, slots, blocks,
+    packed, units, w_data, w_scale, alpha_t, counts, parts, tokens, tiles, slots, blocks,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr,
-    TOKENS: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, WEIGHT_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, PRODUCERS: gl.constexpr,
+    STAGES: gl.constexpr, COPY_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """An equal share of all (tile, chunk of 256 values of K) per program; a tile is 64 * CONSUMERS rows x TOKENS tokens.
 
@@ -143,29 +146,43 @@ def fc2_warpgroup(
     acts = gl.allocate_shared_memory(
         gl.float16, [STAGES * SLICES, TOKENS, 256 // SLICES], gl.NVMMASharedLayout(128, 16, 2)
     )
-    alphas = gl.allocate_shared_memory(gl.float32, [STAGES, TOKENS], _PLAIN1)
-    words = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2 * CONSUMERS, 1024], _PLAIN2)
-    scales = gl.allocate_shared_memory(gl.int32, [WEIGHT_STAGES, 2 * CONSUMERS, 128], _PLAIN2)
+    codes = gl.allocate_shared_memory(gl.int32, [COPY_STAGES, 4 * TOKENS, 8], _PLAIN2)
+    factors = gl.allocate_shared_memory(gl.int32, [COPY_STAGES, 4 * TOKENS], _PLAIN1)
+    alphas = gl.allocate_shared_memory(gl.float32, [COPY_STAGES, TOKENS], _PLAIN1)
+    words = gl.allocate_shared_memory(gl.int32, [COPY_STAGES, 2 * CONSUMERS, 1024], _PLAIN2)
+    scales = gl.allocate_shared_memory(gl.int32, [COPY_STAGES, 2 * CONSUMERS, 128], _PLAIN2)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES * SLICES, 1], mbarrier.MBarrierLayout())
     drained = gl.allocate_shared_memory(gl.int64, [STAGES * SLICES, 1], mbarrier.MBarrierLayout())
-    loaded = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [WEIGHT_STAGES, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [COPY_STAGES, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [COPY_STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES * SLICES):
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(drained.index(i), count=CONSUMERS)
-    for i in gl.static_range(WEIGHT_STAGES):
+    for i in gl.static_range(COPY_STAGES):
         mbarrier.init(loaded.index(i), count=128)
-        mbarrier.init(used.index(i), count=CONSUMERS)
+        mbarrier.init(used.index(i), count=CONSUMERS + PRODUCERS - 1)
     fence_async_shared()
     gl.thread_barrier()
-    rings = (acts, alphas, words, scales, filled, drained, loaded, used)
+    rings = (acts, codes, factors, alphas, words, scales, filled, drained, loaded, used)
     share = (first, last, gl.cdiv(tokens, TOKENS))
-    sizes: gl.constexpr = (EXPERTS, INNER, TOKENS, SLICES, CONSUMERS, STAGES, WEIGHT_STAGES)
+    sources = (packed, units, w_data, w_scale, alpha_t, blocks)
     place = (parts, tiles, slots, program, gl.num_programs(0))
-    if CONSUMERS == 2:
+    sizes: gl.constexpr = (EXPERTS, INNER, TOKENS, SLICES, CONSUMERS, STAGES, COPY_STAGES, PRODUCERS)
+    if PRODUCERS == 2:
+        gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize(
             [
-                (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
+                (_produce, (rings, share, sources, 0, sizes)),
+                (_consume, (rings, share, place, 0, sizes)),
+                (_consume, (rings, share, place, 1, sizes)),
+                (_produce, (rings, share, sources, 1, sizes)),
+            ],
+            [4, 4, 4], [REGISTERS, REGISTERS, 256 - REGISTERS],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_produce, (rings, share, sources, 0, sizes)),
                 (_consume, (rings, share, place, 0, sizes)),
                 (_consume, (rings, share, place, 1, sizes)),
             ],
@@ -175,7 +192,7 @@ def fc2_warpgroup(
         gl.static_assert(CONSUMERS == 4)
         gl.warp_specialize(
             [
-                (_produce, (rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes)),
+                (_produce, (rings, share, sources, 0, sizes)),
                 (_consume, (rings, share, place, 0, sizes)),
                 (_consume, (rings, share, place, 1, sizes)),
                 (_consume, (rings, share, place, 2, sizes)),
@@ -186,93 +203,78 @@ def fc2_warpgroup(
 
 
 @gluon.jit
-def _produce(rings, share, packed, units, w_data, w_scale, alpha_t, columns, blocks, sizes: gl.constexpr):
-    """Fills the rings, in the order in which `_consume` empties them."""
-    acts, alphas, words, scales, filled, drained, loaded, used = rings
+def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
+    """Fills the rings in the order in which `_consume` empties them; every PRODUCERS-th slice of activations."""
+    acts, codes, factors, alphas, words, scales, filled, drained, loaded, used = rings
     first, last, token_tiles = share
-    INNER: gl.constexpr = sizes[1]
-    CHUNKS: gl.constexpr = sizes[0] * INNER // 256
     TOKENS: gl.constexpr = sizes[2]
     SLICES: gl.constexpr = sizes[3]
     STAGES: gl.constexpr = sizes[5]
-    WEIGHT_STAGES: gl.constexpr = sizes[6]
+    COPY_STAGES: gl.constexpr = sizes[6]
+    PRODUCERS: gl.constexpr = sizes[7]
     QUARTERS: gl.constexpr = 4 // SLICES  # per slice
+    ROWS: gl.constexpr = QUARTERS * TOKENS
     # A thread decodes 8 words of one token, or 4 where there are 16 tokens.
-    ACROSS: gl.constexpr = 32 if TOKENS >= 32 else 16
-    WORDS: gl.constexpr = gl.BlockedLayout(
-        [1, 1, ACROSS // 4], [ACROSS, 1, 32 // ACROSS], [4 // QUARTERS, QUARTERS, 1], [2, 1, 0]
-    )
-    UNITS: gl.constexpr = gl.SliceLayout(2, WORDS)
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, UNITS))
-    quarter = gl.arange(0, QUARTERS, layout=gl.SliceLayout(0, UNITS))
-    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))
-    # Of unit u: where its activations are, per slice.
-    codes_at = quarter[None, :] * columns + token[:, None]
-    line = gl.arange(0, TOKENS, layout=LINE)
-
-    for ahead in gl.static_range(WEIGHT_STAGES - 2):
-        _copy_weights(rings, first + ahead, last, ahead, token_tiles, w_data, w_scale, blocks, sizes)
-    code, unit = _codes(packed, units, codes_at, eight, first, last, 0, token_tiles, columns, sizes)
+    WORDS: gl.constexpr = gl.BlockedLayout([1, ROWS // 16], [ROWS // 4, 128 // ROWS], [4, 1], [1, 0])
+    UNITS: gl.constexpr = gl.SliceLayout(1, WORDS)
+    if WHICH == 0:
+        for ahead in gl.static_range(COPY_STAGES - 2):
+            _copy(rings, first + ahead, last, ahead, token_tiles, sources, sizes)
     for at in range(first, last):
         step = at - first
-        # The stage of two chunks before: waiting for the last one would keep activations from being decoded ahead.
-        stage = (step + WEIGHT_STAGES - 2) % WEIGHT_STAGES
-        turn = (step + WEIGHT_STAGES - 2) // WEIGHT_STAGES
-        mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
-        _copy_weights(rings, at + WEIGHT_STAGES - 2, last, stage, token_tiles, w_data, w_scale, blocks, sizes)
+        if WHICH == 0:
+            # The stage of two chunks before: waiting for the last one would keep activations from being decoded ahead.
+            stage = (step + COPY_STAGES - 2) % COPY_STAGES
+            turn = (step + COPY_STAGES - 2) // COPY_STAGES
+            mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
+            _copy(rings, at + COPY_STAGES - 2, last, stage, token_tiles, sources, sizes)
+        stage = step % COPY_STAGES
         slot = step % STAGES
         phase = (step // STAGES + 1) & 1
-        token0 = (at // CHUNKS % token_tiles) * TOKENS
-        alpha = gl.load(alpha_t + (at % CHUNKS // (INNER // 256)) * columns + token0 + line)
-        for s in gl.static_range(SLICES):
+        mbarrier.wait(loaded.index(stage), (step // COPY_STAGES) & 1)
+        for s in gl.static_range(WHICH, SLICES, PRODUCERS):
             index = slot * SLICES + s
-            if s + 1 < SLICES:
-                code_next, unit_next = _codes(packed, units, codes_at, eight, at, last, s + 1, token_tiles, columns, sizes)
-            else:
-                code_next, unit_next = _codes(packed, units, codes_at, eight, at + 1, last, 0, token_tiles, columns, sizes)
+            code = codes.index(stage).slice(s * ROWS, ROWS, dim=0).load(WORDS)
+            unit = factors.index(stage).slice(s * ROWS, ROWS, dim=0).load(UNITS)
             u0, u1, u2, u3 = gl.inline_asm_elementwise(_UNITS, "=&r,=&r,=&r,=&r,r", [unit], _INT4, True, 1)
-            x, u0 = gl.broadcast(code, u0[:, :, None])
-            x, u1 = gl.broadcast(code, u1[:, :, None])
-            x, u2 = gl.broadcast(code, u2[:, :, None])
-            x, u3 = gl.broadcast(code, u3[:, :, None])
+            code, u0 = gl.broadcast(code, u0[:, None])
+            code, u1 = gl.broadcast(code, u1[:, None])
+            code, u2 = gl.broadcast(code, u2[:, None])
+            code, u3 = gl.broadcast(code, u3[:, None])
             x0, x1, x2, x3 = gl.inline_asm_elementwise(
-                _CODES, "=&r,=&r,=&r,=&r,r,r,r,r,r", [x, u0, u1, u2, u3], _INT4, True, 1
+                _CODES, "=&r,=&r,=&r,=&r,r,r,r,r,r", [code, u0, u1, u2, u3], _INT4, True, 1
             )
-            values = gl.join(gl.join(x0, x2), gl.join(x1, x3))
-            values = gl.reshape(values, [TOKENS, 32 * QUARTERS])
+            values = gl.reshape(gl.join(gl.join(x0, x2), gl.join(x1, x3)), [QUARTERS, TOKENS, 32])
+            values = gl.reshape(gl.permute(values, (1, 0, 2)), [TOKENS, 32 * QUARTERS])
             mbarrier.wait(drained.index(index), phase, pred=step >= STAGES)
             target = acts.index(index)._reinterpret(gl.int32, [TOKENS, 32 * QUARTERS], gl.NVMMASharedLayout(128, 32, 2))
             target.store(values)
-            if s == SLICES - 1:  # whose consumers are done with the alpha before
-                alphas.index(slot).store(alpha)
             fence_async_shared()
             mbarrier.arrive(filled.index(index), count=1)
-            code, unit = code_next, unit_next
+        if WHICH > 0:
+            mbarrier.arrive(used.index(stage), count=1)
 
 
 @gluon.jit
-def _codes(packed, units, codes_at, eight, at, last, SLICE: gl.constexpr, token_tiles, columns, sizes: gl.constexpr):
-    """Packed activations of one slice of unit `at` (of the last one past the end), and their scale factors."""
-    CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
-    SLICES: gl.constexpr = sizes[3]
-    here = gl.minimum(at, last - 1)
-    base = (here % CHUNKS * 4 + SLICE * (4 // SLICES)).to(gl.int64) * columns + (here // CHUNKS % token_tiles) * sizes[2]
-    code = gl.load(packed + base * 8 + (codes_at * 8)[:, :, None] + eight[None, None, :])
-    return code, gl.load(units + base + codes_at)
+def _copy(rings, at, last, stage, token_tiles, sources, sizes: gl.constexpr):
+    """Starts copying the weights and the packed activations of unit `at`, if there is one.
 
-
-@gluon.jit
-def _copy_weights(rings, at, last, stage, token_tiles, w_data, w_scale, blocks, sizes: gl.constexpr):
-    """Starts copying the weights of unit `at`, if there is one."""
-    acts, alphas, words, scales, filled, drained, loaded, used = rings
+    One stage for both: loads return in the order of their issue, so that whatever is loaded later waits for these weights.
+    """
+    acts, codes, factors, alphas, words, scales, filled, drained, loaded, used = rings
+    packed, units, w_data, w_scale, alpha_t, blocks = sources
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
+    TOKENS: gl.constexpr = sizes[2]
     BLOCKS: gl.constexpr = 2 * sizes[4]
     DATA: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     SCALE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    CODES: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     if at < last:
+        chunk = at % CHUNKS
         block0 = at // CHUNKS // token_tiles * BLOCKS
-        skipped = (at % CHUNKS).to(gl.int64) * blocks
+        token_tile = at // CHUNKS % token_tiles
+        skipped = chunk.to(gl.int64) * blocks
         # Rows past the end of B repeat its last block.
         block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, DATA)), blocks - 1)
         where = (block * 1024)[:, None] + gl.arange(0, 1024, layout=gl.SliceLayout(0, DATA))[None, :]
@@ -280,13 +282,24 @@ def _copy_weights(rings, at, last, stage, token_tiles, w_data, w_scale, blocks, 
         block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, SCALE)), blocks - 1)
         where = (block * 128)[:, None] + gl.arange(0, 128, layout=gl.SliceLayout(0, SCALE))[None, :]
         async_copy.async_copy_global_to_shared(scales.index(stage), w_scale + skipped * 128 + where)
+        row = (chunk * token_tiles + token_tile).to(gl.int64) * (4 * TOKENS)
+        where = (gl.arange(0, 4 * TOKENS, layout=gl.SliceLayout(1, CODES)) * 8)[:, None]
+        where = where + gl.arange(0, 8, layout=gl.SliceLayout(0, CODES))[None, :]
+        async_copy.async_copy_global_to_shared(codes.index(stage), packed + row * 8 + where)
+        where = gl.arange(0, 4 * TOKENS, layout=LINE)
+        async_copy.async_copy_global_to_shared(factors.index(stage), units + row + where)
+        where = gl.arange(0, TOKENS, layout=LINE)
+        expert = chunk // (sizes[1] // 256)
+        async_copy.async_copy_global_to_shared(
+            alphas.index(stage), alpha_t + (expert * token_tiles + token_tile) * TOKENS + where
+        )
         async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Rows 64 * GROUP .. 64 * GROUP + 63 of the program's tiles."""
-    acts, alphas, words, scales, filled, drained, loaded, used = rings
+    acts, _, _, alphas, words, scales, filled, drained, loaded, used = rings
     first, last, token_tiles = share
     parts, tiles, slots, program, programs = place
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
@@ -295,7 +308,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     QUARTERS: gl.constexpr = 4 // SLICES  # per slice
     ROWS: gl.constexpr = 64 * sizes[4]
     STAGES: gl.constexpr = sizes[5]
-    WEIGHT_STAGES: gl.constexpr = sizes[6]
+    COPY_STAGES: gl.constexpr = sizes[6]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, ACC)
     total = gl.full([64, TOKENS], 0.0, gl.float32, ACC)
@@ -305,7 +318,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     left = _left(words.index(0), factors, GROUP, 0, ACC)
     for at in range(first, last):
         step = at - first
-        stage = step % WEIGHT_STAGES
+        stage = step % COPY_STAGES
         slot = step % STAGES
         phase = (step // STAGES) & 1
         partial = zero
@@ -321,13 +334,13 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
                     mbarrier.arrive(drained.index(slot * SLICES + q // QUARTERS - 1), count=1)
                 left = _left(words.index(stage), factors, GROUP, q + 1, ACC)
         # The next chunk's first registers are ready before this one's sums are.
-        mbarrier.arrive(used.index(stage), count=1)
-        stage = (step + 1) % WEIGHT_STAGES
-        mbarrier.wait(loaded.index(stage), ((step + 1) // WEIGHT_STAGES) & 1, pred=at + 1 < last)
-        factors = _factors(scales.index(stage), GROUP)
-        left = _left(words.index(stage), factors, GROUP, 0, ACC)
-        alpha = alphas.index(slot).load(COLUMN)
+        following = (step + 1) % COPY_STAGES
+        mbarrier.wait(loaded.index(following), ((step + 1) // COPY_STAGES) & 1, pred=at + 1 < last)
+        factors = _factors(scales.index(following), GROUP)
+        left = _left(words.index(following), factors, GROUP, 0, ACC)
         partial, left = warpgroup_mma_wait(0, deps=[partial, left])
+        alpha = alphas.index(stage).load(COLUMN)
+        mbarrier.arrive(used.index(stage), count=1)
         if QUARTERS == 1:
             mbarrier.arrive(drained.index(slot * SLICES + SLICES - 2), count=1)
         mbarrier.arrive(drained.index(slot * SLICES + SLICES - 1), count=1)
