@@ -116,6 +116,18 @@ finished:""" + STORE,
         want = torch.stack([low, high], 1).bfloat16().view(torch.int32).flatten()
         assert torch.equal(out, want)
 
+    def test_maximum_of_three(self) -> None:
+        out = torch.full((32,), float("nan"))
+        run(
+            """
+    mov.u32 %r2, %tid.x;
+    cvt.rn.f32.u32 %f0, %r2;
+    max.NaN.f32 %f1, 0f41000000, 0f40000000, %f0;
+    mov.b32 %r1, %f1;""" + STORE,
+            out,
+        )
+        assert torch.equal(out, torch.arange(32.0).clamp(min=8))
+
     def test_packed_f32x2(self) -> None:
         out = torch.full((64,), float("nan"))
         run(

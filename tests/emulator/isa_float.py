@@ -82,6 +82,9 @@ def arithmetic(e, instr: Instr) -> None:
     if name == "mad":
         name = "fma"
     d, *sources = instr.operands
+    counts = {"fma": {3}, "min": {2, 3}, "max": {2, 3}, "neg": {1}, "abs": {1}}.get(name, {2})
+    if len(sources) not in counts or (len(sources) == 3 and name != "fma" and kind != "f32"):
+        raise PtxError(f"line {instr.line}: unsupported number of operands: {instr.text}")
     if kind in ("f16", "bf16", "f16x2", "bf16x2"):
         _check_rounding(instr, mods)
         bits = 32 if kind.endswith("x2") else 16
@@ -108,7 +111,9 @@ def arithmetic(e, instr: Instr) -> None:
     if name == "fma":
         expr = f"fma32({', '.join(args)})" if cls != "d" else "{} * {} + {}".format(*args)
     elif name in ("min", "max"):
-        expr = f"f{name}({args[0]}, {args[1]}, {'NaN' in mods})"
+        expr = args[0]
+        for other in args[1:]:  # sm_100 has a form with three inputs
+            expr = f"f{name}({expr}, {other}, {'NaN' in mods})"
     elif name in ("neg", "abs"):
         expr = f"-{args[0]}" if name == "neg" else f"abs({args[0]})"
     else:

@@ -131,7 +131,8 @@ class Kernel:
 def _strip_comments(text: str) -> str:
     """Blank comments out, keeping line breaks so that line numbers stay true."""
     text = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
-    return re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*", "", text)
+    return re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", text, flags=re.M)  # line information has no semicolon
 
 
 _ENTRY = re.compile(r"\.(entry|func)\b")
@@ -284,7 +285,7 @@ class _Body:
             self.kernel.variables[match.group(4)] = _variable(match)
         elif text.startswith(".param"):  # an argument or result of a call
             self.call_params.add(re.search(r"([$\w]+)\s*(\[\d+\])?$", text).group(1))
-        elif text.startswith((".loc", ".pragma", ".file", ".callprototype")):
+        elif text.startswith((".pragma", ".callprototype")):
             pass
         else:
             self._instruction(text)

@@ -102,6 +102,9 @@ def gpu_stand_in(
     properties = types.SimpleNamespace(
         multi_processor_count=num_sms, major=10, minor=0, name="emulated SM100", total_memory=1 << 36
     )
+    event = types.SimpleNamespace(
+        record=lambda *_a: None, synchronize=lambda: None, elapsed_time=lambda _e: 0.0, wait=lambda *_a: None
+    )
     patches = {
         torch.cuda: dict(
             is_available=lambda: True,
@@ -109,6 +112,7 @@ def gpu_stand_in(
             current_stream=lambda *_a: stream,
             default_stream=lambda *_a: stream,
             Stream=lambda *_a, **_k: stream,
+            Event=lambda *_a, **_k: event,
             device_count=lambda: 1,
             current_device=lambda: 0,
             set_device=lambda *_a: None,
