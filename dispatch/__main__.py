@@ -1,4 +1,5 @@
-"""`python -m dispatch`: the environment, decisions for any known GPU, tuning, and fitting the model to a table."""
+"""`python -m dispatch`: the environment, decisions for any known GPU, tuning, fitting the model to a table."""
+
 from __future__ import annotations
 
 import argparse
@@ -37,7 +38,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; finished problems are saved, and the same command goes on from there", file=sys.stderr)
+        print(
+            "interrupted; finished problems are saved, and the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -52,31 +56,53 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", help=f"a GPU to decide for: {', '.join(GPUS)}; default the one at hand")
     explain.add_argument("--backend", default="auto")
     explain.add_argument("--tactic", help="a tactic or some of its fields, such as 'cute(tile_n=64)'")
-    explain.add_argument("--all", action="store_true", help="look at every tactic, also those that could not be taken")
+    explain.add_argument(
+        "--all", action="store_true", help="look at every tactic, also those that could not be taken"
+    )
     explain.set_defaults(run=_explain)
 
     tune = commands.add_parser("tune", help="measure tactics on this GPU for later decisions")
     _shape_arguments(tune)
-    tune.add_argument("--m", type=_numbers, default=DEFAULT_MS, help="token counts, such as 1,8,64 (default %(default)s)")
-    tune.add_argument("--alpha", type=_words, help="forms of alpha, such as topk:8,dense; default the usual top-k")
-    tune.add_argument("--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)")
+    tune.add_argument(
+        "--m", type=_numbers, default=DEFAULT_MS, help="token counts, such as 1,8,64 (default %(default)s)"
+    )
+    tune.add_argument(
+        "--alpha", type=_words, help="forms of alpha, such as topk:8,dense; default the usual top-k"
+    )
+    tune.add_argument(
+        "--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)"
+    )
     tune.add_argument("--backends", type=_words, help="backends to include; default those that auto may take")
-    tune.add_argument("--candidates", type=int, default=12, help="tactics per problem at most (default %(default)s)")
+    tune.add_argument(
+        "--candidates", type=int, default=12, help="tactics per problem at most (default %(default)s)"
+    )
     tune.add_argument("--plain", action="store_true", help="also tune weights that are not prepared")
     tune.add_argument("--again", action="store_true", help="measure anew what is tuned already")
     tune.add_argument("--no-refine", action="store_true", help="only the token counts given")
     tune.set_defaults(run=_tune)
 
-    judge_ = commands.add_parser("judge", help="time candidates at token counts and compare with what is decided without that")
+    judge_ = commands.add_parser(
+        "judge", help="time candidates at token counts and compare with what is decided without that"
+    )
     _shape_arguments(judge_)
-    judge_.add_argument("--m", type=_numbers, default=(5, 23, 77, 150, 333), help="token counts (default %(default)s)")
-    judge_.add_argument("--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)")
-    judge_.add_argument("--backends", type=_words, help="backends to include; default those that auto may take")
-    judge_.add_argument("--candidates", type=int, default=12, help="tactics per problem at most (default %(default)s)")
+    judge_.add_argument(
+        "--m", type=_numbers, default=(5, 23, 77, 150, 333), help="token counts (default %(default)s)"
+    )
+    judge_.add_argument(
+        "--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)"
+    )
+    judge_.add_argument(
+        "--backends", type=_words, help="backends to include; default those that auto may take"
+    )
+    judge_.add_argument(
+        "--candidates", type=int, default=12, help="tactics per problem at most (default %(default)s)"
+    )
     judge_.add_argument("--plain", action="store_true", help="also weights that are not prepared")
     judge_.set_defaults(run=_judge)
 
-    fit = commands.add_parser("fit", help="fit the model to a table, write its constants and show how far to trust it")
+    fit = commands.add_parser(
+        "fit", help="fit the model to a table, write its constants and show how far to trust it"
+    )
     fit.add_argument("table", type=Path)
     fit.set_defaults(run=_fit)
 
@@ -87,11 +113,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shape_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=_words, help=f"{', '.join(SHAPES)}, or all; instead of --n, --k and --experts")
+    parser.add_argument(
+        "--shape", type=_words, help=f"{', '.join(SHAPES)}, or all; instead of --n, --k and --experts"
+    )
     for name, text in (("--n", "hidden size"), ("--k", "K over all experts"), ("--experts", "experts")):
         parser.add_argument(name, type=int, help=text)
     parser.add_argument("--out-dtype", choices=list(OUT_DTYPES), default="bfloat16")
-    parser.add_argument("--b-layout", default="128x4", help="128x4, linear, or backend/form of prepared weights")
+    parser.add_argument(
+        "--b-layout", default="128x4", help="128x4, linear, or backend/form of prepared weights"
+    )
 
 
 def _problems(arguments: argparse.Namespace, m: int) -> list[Fc2Problem]:
@@ -108,7 +138,9 @@ def _problems(arguments: argparse.Namespace, m: int) -> list[Fc2Problem]:
         shapes = [sizes]
     for n, k, experts in shapes:
         if min(m, n, k, experts) < 1 or k % experts or k // experts % 16:
-            raise ArgumentError(f"m={m} n={n} k={k} experts={experts}: k / experts must be a positive multiple of 16")
+            raise ArgumentError(
+                f"m={m} n={n} k={k} experts={experts}: k / experts must be a positive multiple of 16"
+            )
     dtype = OUT_DTYPES[arguments.out_dtype]
     return [Fc2Problem(m, n, k, experts, dtype, b_layout=arguments.b_layout) for n, k, experts in shapes]
 
@@ -132,7 +164,9 @@ def _environment(arguments: argparse.Namespace) -> int:
         automatic = backend.is_automatic(device)
         state = "no" if not support else "yes" if automatic else "only by name"
         reason = support.reason or automatic.reason
-        print(f"  {name}: {state}{f': {reason}' if reason else ''} (kernel {environment.kernel_fingerprint(type(backend))})")
+        print(
+            f"  {name}: {state}{f': {reason}' if reason else ''} (kernel {environment.kernel_fingerprint(type(backend))})"
+        )
     print("\nmeasured tables in the package:")
     for table in store.shipped_tables().values():
         own = replace(table, entries=tuple(e for e in table.entries if "kernel" in e.notes))
@@ -147,7 +181,9 @@ def _environment(arguments: argparse.Namespace) -> int:
         table = store.load(path)
         if table is not None:
             stale = store.fresh(table)[1]
-            print(f"  {path.name}: {_counts(table)}; {stale} stale, {len(table.set_aside)} damaged, {len(table.unused)} unused")
+            print(
+                f"  {path.name}: {_counts(table)}; {stale} stale, {len(table.set_aside)} damaged, {len(table.unused)} unused"
+            )
     print(
         f"\nFC2_BACKEND={settings.backend} FC2_TACTIC={settings.tactic} FC2_CACHE_DIR={settings.cache_dir} "
         f"FC2_LOG={int(settings.log)}"
@@ -158,7 +194,9 @@ def _environment(arguments: argparse.Namespace) -> int:
 def _counts(table: Table) -> str:
     shapes = {(e.problem.n, e.problem.k, e.problem.experts) for e in table.entries}
     sources = sorted({e.source for e in table.entries})
-    return f"{table.gpu}: {len(table.entries)} times of {len(shapes)} shapes ({', '.join(sources) or 'empty'})"
+    return (
+        f"{table.gpu}: {len(table.entries)} times of {len(shapes)} shapes ({', '.join(sources) or 'empty'})"
+    )
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -175,7 +213,11 @@ def _as_deployed(arguments: argparse.Namespace) -> list[Fc2Problem]:
     """The problems with weights as the backends of this device prepare them."""
     problems = []
     for problem in _problems(arguments, max(arguments.m)):
-        layouts = [] if arguments.b_layout != "128x4" else prepared_layouts(problem, _device(None), arguments.backends)
+        layouts = (
+            []
+            if arguments.b_layout != "128x4"
+            else prepared_layouts(problem, _device(None), arguments.backends)
+        )
         if arguments.plain or not layouts:
             layouts.append(arguments.b_layout)
         problems += [replace(problem, b_layout=layout) for layout in layouts]
@@ -198,14 +240,18 @@ def _judge(arguments: argparse.Namespace) -> int:
         )
     if results:
         worst = max(r.regret for r in results)
-        print(f"regret over {len(results)} problems: geomean {calibrate.geomean_regret(results):.1%}, worst {worst:.1%}")
+        print(
+            f"regret over {len(results)} problems: geomean {calibrate.geomean_regret(results):.1%}, worst {worst:.1%}"
+        )
     return 0 if results else 1
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     device = _device(None)
     problems = _as_deployed(arguments)
-    print(f"{len(problems)} shapes x {len(arguments.m)} token counts on {device.name}, {ROUNDS} samples per tactic")
+    print(
+        f"{len(problems)} shapes x {len(arguments.m)} token counts on {device.name}, {ROUNDS} samples per tactic"
+    )
     report = autotune(
         problems,
         ms=arguments.m,

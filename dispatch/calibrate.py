@@ -2,6 +2,7 @@
 
 `python -m dispatch fit FILE` runs this on a table and writes the constants into it.
 """
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """What to tune: token counts in a useful order, where to look closer, and which tactics to run. Pure."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,8 @@ from dispatch.choice import choose
 from dispatch.errors import Fc2Error, UnavailableError
 from dispatch.measured import Measured
 
-#: Between two tuned token counts, using one's winner at the other may cost at most this; else one between is tuned.
+#: Between two tuned token counts, using one's winner at the other may cost at most this; else one between is
+#: tuned.
 BUCKET_REGRET = 0.05
 #: Token counts closer than this ratio are not refined further.
 CLOSEST = 1.3
@@ -30,8 +32,8 @@ class Point:
 
 
 def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
-    """The points shape by shape, since a shape's weights take seconds to make; inside one, token counts in the order
-    ends, middle, quarters, so that they are covered evenly wherever the run stops."""
+    """The points shape by shape, since a shape's weights take seconds to make; inside one, token counts in
+    the order ends, middle, quarters, so that they are covered evenly wherever the run stops."""
     by_m = sorted({p.problem.m for p in points})
     order: list[int] = []
     ranges = [(0, len(by_m) - 1)]
@@ -46,7 +48,8 @@ def coarse_to_fine(points: Sequence[Point]) -> list[Point]:
 
 
 def next_m(times: Mapping[int, Mapping[Tactic, float]]) -> Optional[int]:
-    """A token count to tune between two neighbours whose winners differ and cost too much at the other; None if none.
+    """A token count to tune between two neighbours whose winners differ and cost too much at the other; None
+    if none.
 
     Args:
         times: seconds by m and tactic.
@@ -58,10 +61,13 @@ def next_m(times: Mapping[int, Mapping[Tactic, float]]) -> Optional[int]:
         if high < CLOSEST * low or middle in times:
             continue
         here, there = (min(times[m], key=lambda t: times[m][t]) for m in (low, high))
-        regret = max(
-            times[low].get(there, math.inf) / times[low][here],
-            times[high].get(here, math.inf) / times[high][there],
-        ) - 1
+        regret = (
+            max(
+                times[low].get(there, math.inf) / times[low][here],
+                times[high].get(here, math.inf) / times[high][there],
+            )
+            - 1
+        )
         if regret > worst:
             worst, found = regret, middle
     return found
@@ -75,7 +81,8 @@ def plan(
     limit: int,
     winners: Sequence[Tactic] = (),
 ) -> list[Tactic]:
-    """The tactics to run at a point: each backend's incumbent and choice, earlier winners, the rest by expected time.
+    """The tactics to run at a point: each backend's incumbent and choice, earlier winners, the rest by
+    expected time.
 
     Args:
         backends: names; default those that "auto" may take.
@@ -90,7 +97,7 @@ def plan(
             continue
         try:
             decision = choose(point.problem, device, measured, name, complete=True)
-        except Fc2Error as error:
+        except Fc2Error:
             if backends:
                 raise
             continue
@@ -104,8 +111,8 @@ def plan(
     kept = [tactic for seconds, tactic in rest if seconds <= PRUNE * rest[0][0]]
     allowed = {*first, *unknown, *(tactic for _, tactic in rest)}
     wanted = dict.fromkeys([*first, *(tactic for tactic in winners if tactic in allowed)])
-    # Of tactics that nothing is known about, some from all over the list, which enumerates their fields in order: at
-    # least a third of the room, or none of them would ever become known.
+    # Of tactics that nothing is known about, some from all over the list, which enumerates their fields in
+    # order: at least a third of the room, or none of them would ever become known.
     unknown = [tactic for tactic in unknown if tactic not in wanted]
     room = max(0, limit - len(wanted))
     count = min(len(unknown), max(room - len(kept), -(-room // 3)))

@@ -2,18 +2,20 @@
 
 How "auto" decides, in this order:
 
-1. Rejected are backends that the device or the installed packages cannot run, tactics that cannot implement the
-   problem, and tactics that failed while tuning this shape.
-2. Inside a backend: the rule, if one applies (`_rules`), unless the user's own tuning of this very problem found
-   something faster; else the best measured tactic at this m; else, between measured token counts, times interpolated per
-   tactic; else the model, held against what was measured of the shape; else the backend's default tactic.
+1. Rejected are backends that the device or the installed packages cannot run, tactics that cannot implement
+   the problem, and tactics that failed while tuning this shape.
+2. Inside a backend: the rule, if one applies (`_rules`), unless the user's own tuning of this very problem
+   found something faster; else the best measured tactic at this m; else, between measured token counts, times
+   interpolated per tactic; else the model, held against what was measured of the shape; else the backend's
+   default tactic.
 3. Between backends: the first in registry order stays unless another one is known to be faster.
-4. "Faster" means by more than `TIE_MARGIN`. Inside the margin the incumbent (rule or default tactic) wins, then the
-   fixed order of candidates: ranks with the same tables agree without talking.
+4. "Faster" means by more than `TIE_MARGIN`. Inside the margin the incumbent (rule or default tactic) wins,
+   then the fixed order of candidates: ranks with the same tables agree without talking.
 
-alpha lies on the device and is never read here. Times are taken for rows with `assumed_top_k(experts)` nonzeros, the
-usual routed case; where only dense times were measured, those.
+alpha lies on the device and is never read here. Times are taken for rows with `assumed_top_k(experts)`
+nonzeros, the usual routed case; where only dense times were measured, those.
 """
+
 from __future__ import annotations
 
 import re
@@ -29,12 +31,13 @@ from dispatch.errors import ArgumentError, ArgumentTypeError, UnavailableError
 from dispatch.hardware import floor_seconds, gpu_of
 from dispatch.measured import Estimate, Evidence, Measured
 
-#: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that diverge on
-#: ties are about differences of 0.08 to 2%.
+#: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that
+#: diverge on ties are about differences of 0.08 to 2%.
 TIE_MARGIN = 0.02
 
-#: Beyond the token counts that were measured, a tactic never measured at this shape must be predicted to be faster by
-#: more than this share to displace those that were: several times the model's own error (tests/test_model.py).
+#: Beyond the token counts that were measured, a tactic never measured at this shape must be predicted to be
+#: faster by more than this share to displace those that were: several times the model's own error
+#: (tests/test_model.py).
 MODEL_MARGIN = 0.25
 
 #: Knows nothing.
@@ -55,7 +58,8 @@ class Pin:
 
     @classmethod
     def of(cls, tactic: Union[Tactic, Pin, Mapping[str, Any]]) -> Pin:
-        """From a tactic, or a mapping of some of its fields, with "backend" or without. Raises ArgumentTypeError."""
+        """From a tactic, or a mapping of some of its fields, with "backend" or without. Raises
+        ArgumentTypeError."""
         if isinstance(tactic, Pin):
             return tactic
         if isinstance(tactic, Tactic):
@@ -70,14 +74,17 @@ class Pin:
 
     @classmethod
     def parse(cls, text: str) -> Pin:
-        """From what `str(tactic)` prints, in whole or in part: "cute(tile_m=128,tile_n=64)", "cute" or "split_k=2".
+        """From what `str(tactic)` prints, in whole or in part: "cute(tile_m=128,tile_n=64)", "cute" or
+        "split_k=2".
 
         Raises:
             ArgumentError: the text is something else.
         """
         match = re.fullmatch(r"\s*(?:([A-Za-z_]\w*)\s*(?:\((.*)\))?|(.*=.*))\s*", text, re.DOTALL)
         if match is None:
-            raise ArgumentError(f"tactic is {text!r}; it takes text such as 'cute(tile_m=128,tile_n=64)' or 'split_k=2'")
+            raise ArgumentError(
+                f"tactic is {text!r}; it takes text such as 'cute(tile_m=128,tile_n=64)' or 'split_k=2'"
+            )
         values = []
         for item in filter(None, (part.strip() for part in (match[2] or match[3] or "").split(","))):
             name, equals, value = (part.strip() for part in item.partition("="))
@@ -94,7 +101,8 @@ class Pin:
         return all(getattr(tactic, name) == value for name, value in self.values)
 
     def applied_to(self, tactic: Tactic) -> Tactic:
-        """The tactic with the pinned fields replaced. Raises ValueError for an unknown field or a wrong type."""
+        """The tactic with the pinned fields replaced. Raises ValueError for an unknown field or a wrong
+        type."""
         return type(tactic).from_json({**tactic.to_json(), **dict(self.values)})
 
     def __str__(self) -> str:
@@ -141,8 +149,8 @@ class Decision:
         problem, device: what was decided on.
         backend: name of the chosen backend.
         tactic: one of that backend's tactics.
-        source: "forced" (the caller named the tactic), "rule", "measured" (this problem on this GPU), "interpolated"
-            (between measured problems), "model" or "default".
+        source: "forced" (the caller named the tactic), "rule", "measured" (this problem on this GPU),
+            "interpolated" (between measured problems), "model" or "default".
         seconds: predicted time; None where nothing is known.
         alpha: form of alpha that predictions are for.
         candidates: all that were considered, rejected ones included; the chosen one is first.
@@ -210,7 +218,9 @@ class Decision:
         if chosen is not None:
             lines.append(f"  time: {_us(chosen.seconds)} {_origin(chosen)}, for alpha {chosen.alpha}")
         if gpu is not None:
-            lines.append(f"  floor: {_us(floor_seconds(self.problem, gpu))} if every weight is read ({gpu.source})")
+            lines.append(
+                f"  floor: {_us(floor_seconds(self.problem, gpu))} if every weight is read ({gpu.source})"
+            )
         if self.margin is not None:
             lines.append(f"  runner-up: {self.runner_up.tactic}, {self.margin:+.1%}")
         lines += [f"  note: {text}" for text in (*self.notes, *([self.warning] if self.warning else []))]
@@ -253,8 +263,8 @@ def choose(
         measured: what is known of this GPU.
         backend: "auto" or a name.
         tactic: a tactic, or some fields of one; see `Pin.of`.
-        complete: list every tactic in the decision's candidates, also those that could not have been taken. The
-            decision is the same; it takes milliseconds instead of microseconds.
+        complete: list every tactic in the decision's candidates, also those that could not have been taken.
+            The decision is the same; it takes milliseconds instead of microseconds.
 
     Raises:
         ArgumentError: unknown backend, or a tactic that is not one of it.
@@ -269,7 +279,9 @@ def choose(
     best: Optional[tuple[Candidate, str]] = None
     for name in names:
         chosen = registry.get(name)
-        support = chosen.is_automatic(device) if backend == "auto" and pin is None else chosen.is_supported(device)
+        support = (
+            chosen.is_automatic(device) if backend == "auto" and pin is None else chosen.is_supported(device)
+        )
         if not support:
             rejected.append(Candidate(name, None, rejected=support.reason))
             continue
@@ -317,15 +329,17 @@ def _names(backend: str, pin: Optional[Pin]) -> list[str]:
     wanted = {name for name, _ in pin.values}
     having = [name for name in known if wanted <= {f.name for f in fields(registry.get(name).tactic_type)}]
     if not having:
-        raise ArgumentError(f"tactic pins {', '.join(sorted(wanted))}; no backend's tactic has all of these fields")
+        raise ArgumentError(
+            f"tactic pins {', '.join(sorted(wanted))}; no backend's tactic has all of these fields"
+        )
     return having
 
 
 def _rules(problem: Fc2Problem, device: DeviceInfo, backend: Fc2Backend) -> list[Tactic]:
     """Tactics to prefer without a measurement, best first.
 
-    On SM 10.0 and 10.3, from 128 tokens on: the CTA pair's (256,128) tile, with both CTAs sharing B (TensorRT-LLM pull
-    requests 12686 and 13833, whose own choice it is from M = 160 on).
+    On SM 10.0 and 10.3, from 128 tokens on: the CTA pair's (256,128) tile, with both CTAs sharing B
+    (TensorRT-LLM pull requests 12686 and 13833, whose own choice it is from M = 160 on).
     """
     if backend.name != "cute" or device.capability not in ((10, 0), (10, 3)) or problem.m < 128:
         return []
@@ -336,7 +350,8 @@ def _rules(problem: Fc2Problem, device: DeviceInfo, backend: Fc2Backend) -> list
 def _candidates(
     backend: Fc2Backend, device: DeviceInfo, evidence: Evidence, pin: Optional[Pin], complete: bool
 ) -> list[Candidate]:
-    """What this backend could run, in the fixed order: rule, default, measured tactics by name, the backend's list.
+    """What this backend could run, in the fixed order: rule, default, measured tactics by name, the backend's
+    list.
 
     The backend's list is long, and only looked at where nothing stronger than the model can decide.
     """
@@ -383,7 +398,9 @@ def _assess(backend: Fc2Backend, tactic: Tactic, evidence: Evidence, forced: boo
     return Candidate(backend.name, tactic, evidence.estimate(tactic))
 
 
-def _pick(candidates: list[Candidate], evidence: Evidence, pin: Optional[Pin]) -> Optional[tuple[Candidate, str]]:
+def _pick(
+    candidates: list[Candidate], evidence: Evidence, pin: Optional[Pin]
+) -> Optional[tuple[Candidate, str]]:
     """The best of one backend's candidates with its source; None if all are rejected."""
     possible = [c for c in candidates if not c.rejected]
     if not possible:
@@ -414,7 +431,8 @@ def _best_known(possible: list[Candidate], evidence: Evidence) -> list[Candidate
 
 
 def _settled(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
-    """Those measured at this m, or, where the best tactics below and above are among them, on both sides of it."""
+    """Those measured at this m, or, where the best tactics below and above are among them, on both sides of
+    it."""
     here = [c for c in possible if c.evidence == "here"]
     if here:
         return here
@@ -425,10 +443,13 @@ def _settled(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
 
 
 def pick_among(tactics: Sequence[Tactic], evidence: Evidence) -> Tactic:
-    """What the evidence alone makes of tactics that can all run, without rules and incumbents; the first on a tie."""
+    """What the evidence alone makes of tactics that can all run, without rules and incumbents; the first on a
+    tie."""
     best: Optional[Candidate] = None
     for name in dict.fromkeys(tactic.backend for tactic in tactics):
-        own = [Candidate(name, tactic, evidence.estimate(tactic)) for tactic in tactics if tactic.backend == name]
+        own = [
+            Candidate(name, tactic, evidence.estimate(tactic)) for tactic in tactics if tactic.backend == name
+        ]
         taken = _fastest(_best_known(own, evidence), None) or own[0]
         if best is None or _beats(taken, best):
             best = taken
@@ -446,7 +467,10 @@ def _fastest(pool: list[Candidate], incumbent: Optional[Candidate]) -> Optional[
 
 def _beats(challenger: Candidate, incumbent: Candidate) -> bool:
     """Whether both times are known and the challenger's is lower by more than the margin."""
-    return bool(challenger.estimate and incumbent.estimate) and challenger.seconds * (1 + TIE_MARGIN) < incumbent.seconds
+    return (
+        bool(challenger.estimate and incumbent.estimate)
+        and challenger.seconds * (1 + TIE_MARGIN) < incumbent.seconds
+    )
 
 
 def _nothing_runs(names: list[str], rejected: list[Candidate], backend: str, pin: Optional[Pin]) -> str:
@@ -463,7 +487,9 @@ def _notes(taken: Candidate, source: str, problem: Fc2Problem, measured: Measure
         sizes = f"--n {problem.n} --k {problem.k} --experts {problem.experts}"
         notes.append(f"this was not measured; `python -m dispatch tune {sizes}` does that")
     if measured.foreign and taken.estimate:
-        notes.append(f"times are from {measured.foreign}, the nearest GPU with a table; tune to measure this one")
+        notes.append(
+            f"times are from {measured.foreign}, the nearest GPU with a table; tune to measure this one"
+        )
     return tuple(notes)
 
 

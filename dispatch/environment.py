@@ -1,4 +1,5 @@
 """Environment variables, read once, and what the machine has: versions, kernels' fingerprints, the GPU."""
+
 from __future__ import annotations
 
 import ast
@@ -86,7 +87,8 @@ def compiler(backend: str) -> str:
 def kernel_fingerprint(backend: type[Fc2Backend]) -> str:
     """12 hex digits of the source of a backend: its package under `backends`, or its own module.
 
-    Comments, docstrings and formatting do not count, so that only changes of the code make measurements stale.
+    Comments, docstrings and formatting do not count, so that only changes of the code make measurements
+    stale.
     """
     module = sys.modules[backend.__module__]
     path = Path(module.__file__)
@@ -111,7 +113,9 @@ def conditions(backend: Fc2Backend) -> dict[str, str]:
 
 def describe() -> dict[str, Any]:
     """The software and the GPUs of this machine, for reports."""
-    packages = {name: version(name) or "not installed" for name in ("torch", "triton", "nvidia-cutlass-dsl", "numpy")}
+    packages = {
+        name: version(name) or "not installed" for name in ("torch", "triton", "nvidia-cutlass-dsl", "numpy")
+    }
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -1,4 +1,5 @@
 """The parent's end of `dispatch.worker`: a process for tuning candidates that may crash or hang."""
+
 from __future__ import annotations
 
 import json

@@ -1,8 +1,9 @@
 """Measured times as values: entries, tables of one GPU model, and what they say about a problem.
 
-Pure: no files (`dispatch.store`), no GPU. An entry that cannot be used keeps its record, so that writing a table back
-loses nothing.
+Pure: no files (`dispatch.store`), no GPU. An entry that cannot be used keeps its record, so that writing a
+table back loses nothing.
 """
+
 from __future__ import annotations
 
 import json
@@ -35,7 +36,8 @@ class Entry:
         spread: half the distance of the quartiles over the median.
         source: who measured: "tuned", or the publication, such as "pr12686".
         failure: why there is no time.
-        notes: everything else of the record (timer, cache state, versions, date, fields of newer versions), as it was.
+        notes: everything else of the record (timer, cache state, versions, date, fields of newer versions),
+            as it was.
     """
 
     problem: Fc2Problem
@@ -51,7 +53,18 @@ class Entry:
     def key(self) -> tuple:
         """What a newer entry must share to replace this one."""
         p = self.problem
-        return (p.m, p.n, p.k, p.experts, p.out_dtype, p.a_layout, p.b_layout, self.alpha, self.tactic, self.source)
+        return (
+            p.m,
+            p.n,
+            p.k,
+            p.experts,
+            p.out_dtype,
+            p.a_layout,
+            p.b_layout,
+            self.alpha,
+            self.tactic,
+            self.source,
+        )
 
     def to_json(self) -> dict[str, Any]:
         problem = self.problem.to_json()
@@ -69,7 +82,8 @@ class Entry:
 
         Raises:
             ValueError: a field is missing, of the wrong type or out of range; the message names it.
-            LookupError: the tactic is for a backend that is not registered here, or is not one of its tactics.
+            LookupError: the tactic is for a backend that is not registered here, or is not one of its
+                tactics.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"entry is {type(record).__name__}; it takes an object")
@@ -198,11 +212,11 @@ class Estimate:
 
     Attributes:
         seconds: the time.
-        source: "measured" (this very problem), "interpolated" (measured at fewer and at more tokens, or with another
-            output type or layout of a) or "model".
+        source: "measured" (this very problem), "interpolated" (measured at fewer and at more tokens, or with
+            another output type or layout of a) or "model".
         alpha: form of alpha that the time is for.
-        evidence: where this tactic was measured: "here" (at this m), "both sides" or "one side" (of the same shape, at
-            the nearest token counts that have it) or "", nowhere.
+        evidence: where this tactic was measured: "here" (at this m), "both sides" or "one side" (of the same
+            shape, at the nearest token counts that have it) or "", nowhere.
         entry: the measurement itself, where it is here.
     """
 
@@ -214,10 +228,11 @@ class Estimate:
 
 
 class Measured:
-    """What is known of one GPU: the shipped table, overlaid by the user's own, and the model fitted to the shipped one.
+    """What is known of one GPU: the shipped table, overlaid by the user's own, and the model fitted to the
+    shipped one.
 
-    Where the user measured a problem, only those entries speak for it: times of different runs are not compared.
-    Immutable after construction and safe to share between threads.
+    Where the user measured a problem, only those entries speak for it: times of different runs are not
+    compared. Immutable after construction and safe to share between threads.
 
     Args:
         shipped, user: tables; either may be None.
@@ -262,7 +277,8 @@ class Measured:
         """What was measured at this problem and around it.
 
         Args:
-            alpha: its form; default the one that decisions are made for, or dense where only dense times exist.
+            alpha: its form; default the one that decisions are made for, or dense where only dense times
+                exist.
         """
         shape = _shape(problem)
         forms = (alpha,) if alpha else (wanted_alpha(problem), ALPHA_DENSE)
@@ -282,9 +298,11 @@ class Measured:
             model=self.model,
         )
 
-
-    def _of_forms(self, shape: tuple, forms: tuple[str, ...]) -> tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]:
-        """Entries by ascending m and tactic in the first form that has any, and the tactics in a fixed order."""
+    def _of_forms(
+        self, shape: tuple, forms: tuple[str, ...]
+    ) -> tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]:
+        """Entries by ascending m and tactic in the first form that has any, and the tactics in a fixed
+        order."""
         known = self._views.get((shape, forms))
         if known is None:
             # Where this output type or layout of a was never measured, those of another one are close.
@@ -307,7 +325,8 @@ class Evidence:
         timed: tactics among them, in a fixed order.
         exact: False where the entries are for another output type or layout of a.
         by_user: whether those at this m are the user's own measurements.
-        failures: tactics that failed at this shape, with the reason; whatever m, but that memory may suffice for less.
+        failures: tactics that failed at this shape, with the reason; whatever m, but that memory may suffice
+            for less.
         model: for what was not measured.
     """
 
@@ -326,7 +345,8 @@ class Evidence:
         return self.points.get(self.problem.m, {})
 
     def winners(self, among: Collection[Tactic]) -> set[Tactic]:
-        """The fastest of some tactics at the nearest token counts below and above this m that measured any of them."""
+        """The fastest of some tactics at the nearest token counts below and above this m that measured any of
+        them."""
         own = {m: {t: e.seconds for t, e in at.items() if t in among} for m, at in self.points.items()}
         return {min(own[m], key=lambda t: own[m][t]) for m in self._around([m for m in own if own[m]])}
 
@@ -341,13 +361,15 @@ class Evidence:
             return None if base is None else Estimate(base, "model", self.alpha, "")
         entry = self.here.get(tactic)
         if entry is not None:
-            return Estimate(entry.seconds, "measured" if self.exact else "interpolated", entry.alpha, "here", entry)
+            return Estimate(
+                entry.seconds, "measured" if self.exact else "interpolated", entry.alpha, "here", entry
+            )
         near = self._around([m for m, entries in self.points.items() if tactic in entries])
         known = [self.points[m][tactic] for m in near]
         alpha = known[0].alpha
         base = self._predict(self.problem, tactic, alpha)
-        # What the model misses at the neighbours, it is taken to miss here in proportion. Without a model this is
-        # interpolation of the times, straight in log time over log tokens.
+        # What the model misses at the neighbours, it is taken to miss here in proportion. Without a model
+        # this is interpolation of the times, straight in log time over log tokens.
         predictions = [self._predict(replace(self.problem, m=m), tactic, alpha) for m in near]
         if base is None or None in predictions:
             base, predictions = 1.0, [1.0] * len(known)
@@ -374,7 +396,8 @@ def wanted_alpha(problem: Fc2Problem) -> str:
 
 
 def _of_form(forms: Mapping[str, Mapping[Tactic, Entry]], wanted: Iterable[str]) -> dict[Tactic, Entry]:
-    """Entries of the first of the wanted forms that has any, with those of kernels that do not depend on alpha."""
+    """Entries of the first of the wanted forms that has any, with those of kernels that do not depend on
+    alpha."""
     for alpha in wanted:
         found = {**forms.get(ALPHA_ANY, {}), **forms.get(alpha, {})}
         if found:

@@ -2,11 +2,13 @@
 
     seconds = fixed + max(bytes / bandwidth / e_memory, flops / rate * wave factor / e_compute)
 
-`bytes` is device-memory traffic with scale factors, workspace and alpha's form counted; `flops` those of whole tiles,
-padding included; the wave factor is the idle share of the last wave. The efficiencies and the fixed time are fitted per
-GPU from its measured table (`fit`) and stored in that table: e_memory and fixed per family of kernels, e_compute per
-tile. A tile without a measured row has no constant and gets no prediction: the model interpolates, it does not guess.
+`bytes` is device-memory traffic with scale factors, workspace and alpha's form counted; `flops` those of
+whole tiles, padding included; the wave factor is the idle share of the last wave. The efficiencies and the
+fixed time are fitted per GPU from its measured table (`fit`) and stored in that table: e_memory and fixed per
+family of kernels, e_compute per tile. A tile without a measured row has no constant and gets no prediction:
+the model interpolates, it does not guess.
 """
+
 from __future__ import annotations
 
 import math
@@ -129,9 +131,9 @@ def describe(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> 
 def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
     """One item is a tile and a range of experts, run by one CTA or a pair.
 
-    split_k 0 (stream-K) divides the experts of all tiles evenly, with about one partial sum per CTA. Without `skip`
-    everything is read and multiplied whatever alpha holds. No published time is of stream-K or `skip`: they are taken to
-    reach their tile's efficiency.
+    split_k 0 (stream-K) divides the experts of all tiles evenly, with about one partial sum per CTA. Without
+    `skip` everything is read and multiplied whatever alpha holds. No published time is of stream-K or `skip`:
+    they are taken to reach their tile's efficiency.
     """
     ctas = tactic.tile_m // 128
     rows = _round_up(-(-problem.m // tactic.tile_m), max(1, tactic.cluster_m // ctas))
@@ -153,13 +155,16 @@ def _describe_cute(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: st
 
 
 def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
-    """Experts that nobody selected are skipped. Every set of tactic fields but the split has an efficiency of its own.
+    """Experts that nobody selected are skipped. Every set of tactic fields but the split has an efficiency of
+    its own.
 
-    "tiled" reads the weights again for each tile of tokens, and multiplies whole tiles by each expert that the tile
-    needs. The forms for prepared weights read each needed expert once, and multiply it with the tokens that selected it
-    in groups of block_m, or with all tokens where alpha is dense.
+    "tiled" reads the weights again for each tile of tokens, and multiplies whole tiles by each expert that
+    the tile needs. The forms for prepared weights read each needed expert once, and multiply it with the
+    tokens that selected it in groups of block_m, or with all tokens where alpha is dense.
     """
-    shape = ",".join(f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic) if f.name not in ("form", "split"))
+    shape = ",".join(
+        f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic) if f.name not in ("form", "split")
+    )
     split = max(1, getattr(tactic, "split", 1))
     share = active_share(problem, alpha)
     rest = problem.bytes - problem.weight_bytes + _workspace(problem, split)
@@ -169,13 +174,25 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
         rows = tiles * tactic.block_m * problem.experts * share
         programs = tiles * -(-problem.n // tactic.block_n) * split
         wave_factor = max(1.0, sm_count / programs)
-        return Work("triton/tiled", shape, problem.weight_bytes * share * tiles + rest, _pair_flops(problem, rows), wave_factor)
+        return Work(
+            "triton/tiled",
+            shape,
+            problem.weight_bytes * share * tiles + rest,
+            _pair_flops(problem, rows),
+            wave_factor,
+        )
     dense = alpha in (ALPHA_DENSE, ALPHA_ANY)
     active = problem.experts * share
     pairs = problem.m * top_k_of(alpha, problem.experts)
     rows = problem.m * active if dense else active * _round_up(-(-pairs // active), tactic.block_m)
     kind = "dense" if dense else "routed"
-    return Work(f"triton/{tactic.form} {kind}", shape, problem.weight_bytes * share + rest, _pair_flops(problem, rows), 1.0)
+    return Work(
+        f"triton/{tactic.form} {kind}",
+        shape,
+        problem.weight_bytes * share + rest,
+        _pair_flops(problem, rows),
+        1.0,
+    )
 
 
 def _pair_flops(problem: Fc2Problem, rows: float) -> float:
@@ -208,7 +225,10 @@ _DESCRIBERS: dict[str, Callable[[Fc2Problem, Tactic, int, str], Work]] = {
 
 def active_share(problem: Fc2Problem, alpha: str) -> float:
     """Expected share of the experts that at least one token selects."""
-    return expected_active_experts(problem.m, problem.experts, top_k_of(alpha, problem.experts)) / problem.experts
+    return (
+        expected_active_experts(problem.m, problem.experts, top_k_of(alpha, problem.experts))
+        / problem.experts
+    )
 
 
 # Fixed times and memory efficiencies that the fit tries.
@@ -219,10 +239,11 @@ _TRIED = 16
 
 
 def fit(entries: Sequence[Entry], sm_count: int, bandwidth: float, rate: float) -> Model:
-    """Constants that minimize the squared logarithm of predicted over measured; the same entries give the same model.
+    """Constants that minimize the squared logarithm of predicted over measured; the same entries give the
+    same model.
 
-    Fixed time and memory efficiency are searched on a grid; for each pair the compute efficiency of every tile follows
-    from its own rows.
+    Fixed time and memory efficiency are searched on a grid; for each pair the compute efficiency of every
+    tile follows from its own rows.
     """
     model = Model(sm_count, bandwidth, rate)
     families: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
@@ -236,7 +257,8 @@ def fit(entries: Sequence[Entry], sm_count: int, bandwidth: float, rate: float) 
 
 
 def _fit_family(tiles: Mapping[str, Sequence[tuple[float, float, float]]]) -> Family:
-    """The family's constants from (seconds of traffic, seconds of arithmetic, seconds measured) of each tile's rows."""
+    """The family's constants from (seconds of traffic, seconds of arithmetic, seconds measured) of each
+    tile's rows."""
     import numpy as np
 
     fixed, memory = np.meshgrid(np.array(_FIXED), np.array(_MEMORY), indexing="ij")
@@ -254,4 +276,6 @@ def _fit_family(tiles: Mapping[str, Sequence[tuple[float, float, float]]]) -> Fa
         compute[tile] = np.take_along_axis(tried, best, axis=0)[0]
         total += np.take_along_axis(errors, best, axis=0)[0]
     index = np.unravel_index(total.argmin(), total.shape)
-    return Family(float(fixed[index]), float(memory[index]), {t: float(value[index]) for t, value in compute.items()})
+    return Family(
+        float(fixed[index]), float(memory[index]), {t: float(value[index]) for t, value in compute.items()}
+    )

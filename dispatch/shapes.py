@@ -1,9 +1,11 @@
-"""FC2 shapes of published mixture-of-experts models: what the tuner, the tables and the shoot-out call by name.
+"""FC2 shapes of published mixture-of-experts models: what the tuner, the tables and the shoot-out call by
+name.
 
-Sizes are those of the models' public configurations (`hidden_size`, `moe_intermediate_size`, experts, experts per
-token); a tensor-parallel degree divides the intermediate size. gpt-oss at TP8 has I = 360, which is not a multiple of
-a scale block, so FC2 does not admit it.
+Sizes are those of the models' public configurations (`hidden_size`, `moe_intermediate_size`, experts, experts
+per token); a tensor-parallel degree divides the intermediate size. gpt-oss at TP8 has I = 360, which is not a
+multiple of a scale block, so FC2 does not admit it.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ SHAPES: dict[str, Shape] = {
 def assumed_top_k(experts: int) -> int:
     """Experts a token is taken to select where nobody says: min(8, E / 4), at least 1.
 
-    alpha's content is on the device and the host never reads it, so decisions need a stated assumption. This one gives
-    8 of 256 and 8 of 128 (DeepSeek-V3, Qwen3) and 2 of 8 (Mixtral).
+    alpha's content is on the device and the host never reads it, so decisions need a stated assumption. This
+    one gives 8 of 256 and 8 of 128 (DeepSeek-V3, Qwen3) and 2 of 8 (Mixtral).
     """
     return max(1, min(8, experts // 4))

@@ -1,8 +1,10 @@
 """Tables in files: those that ship with the package, and the user's own under FC2_CACHE_DIR.
 
-A user's file is one JSON per GPU model. Writers take a lock, read what is there, add their entries and replace the file
-atomically, so that processes sharing a directory lose nothing. What cannot be read is set aside and reported once.
+A user's file is one JSON per GPU model. Writers take a lock, read what is there, add their entries and
+replace the file atomically, so that processes sharing a directory lose nothing. What cannot be read is set
+aside and reported once.
 """
+
 from __future__ import annotations
 
 import functools
@@ -51,7 +53,9 @@ def load(path: Path) -> Optional[Table]:
         _report(f"{path}: not used: {error}")
         return None
     if table.set_aside:
-        _report(f"{path}: {len(table.set_aside)} damaged entries are not used; the first: {table.set_aside[0][1]}")
+        _report(
+            f"{path}: {len(table.set_aside)} damaged entries are not used; the first: {table.set_aside[0][1]}"
+        )
     return table
 
 
@@ -59,8 +63,8 @@ def save(gpu: str, entries: Iterable[Entry], directory: Optional[Path] = None) -
     """Add entries to the user's table of a GPU model.
 
     Returns:
-        "" when the file holds them, else why it does not (a read-only directory, a full disk): reported once, and the
-        file is as it was before.
+        "" when the file holds them, else why it does not (a read-only directory, a full disk): reported once,
+        and the file is as it was before.
     """
     from filelock import FileLock, Timeout
 
@@ -114,7 +118,8 @@ def shipped_tables() -> dict[str, Table]:
 
 
 def shipped_for(device: DeviceInfo) -> Optional[Table]:
-    """The shipped table of this GPU, else of one of the same compute capability, else of the same major one."""
+    """The shipped table of this GPU, else of one of the same compute capability, else of the same major
+    one."""
     tables = shipped_tables()
     if device.type != "cuda" or device.capability is None:
         return None
@@ -130,13 +135,18 @@ def shipped_for(device: DeviceInfo) -> Optional[Table]:
 
 def fresh(table: Table) -> tuple[Table, int]:
     """The table without the tuned entries of other kernels or compilers, and how many those are."""
-    wanted = {name: environment.conditions(registry.get(name)) for name in {e.tactic.backend for e in table.entries}}
-    kept = tuple(e for e in table.entries if all(e.notes.get(k) == v for k, v in wanted[e.tactic.backend].items()))
+    wanted = {
+        name: environment.conditions(registry.get(name)) for name in {e.tactic.backend for e in table.entries}
+    }
+    kept = tuple(
+        e for e in table.entries if all(e.notes.get(k) == v for k, v in wanted[e.tactic.backend].items())
+    )
     return replace(table, entries=kept), len(table.entries) - len(kept)
 
 
 def model_for(device: DeviceInfo, table: Optional[Table]) -> Optional[Model]:
-    """The table's model with the device's own ceilings; those of the table's GPU where the device's are unknown."""
+    """The table's model with the device's own ceilings; those of the table's GPU where the device's are
+    unknown."""
     if table is None or table.model is None:
         return None
     gpu = gpu_of(device) or next((g for g in GPUS.values() if g.device.name == table.gpu), None)

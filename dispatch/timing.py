@@ -1,7 +1,9 @@
-"""Timing launches on a device as they are deployed: inside CUDA graphs, with a cold L2, competitors interleaved.
+"""Timing launches as they are deployed: inside CUDA graphs, with a cold L2, competitors interleaved.
 
-The tuner and the shoot-out both measure with this. Times are seconds per call, whole span: everything a call launches.
+The tuner and the shoot-out both measure with this. Times are seconds per call, whole span: everything a call
+launches.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -23,8 +25,8 @@ class Timing:
 
     Attributes:
         samples: seconds per call, one for each repetition, in the order taken.
-        method: "graph" (CUDA events around the replay of a captured graph), "events" (CUDA events around one call) or
-            "host" (the host's clock, for devices without streams).
+        method: "graph" (CUDA events around the replay of a captured graph), "events" (CUDA events around one
+            call) or "host" (the host's clock, for devices without streams).
         cache: "cold" or "warm": whether the L2 cache could hold what the call reads.
     """
 
@@ -78,8 +80,8 @@ class GraphRunner:
     """Launches captured into one CUDA graph, timed by events around its replay.
 
     Args:
-        launches: calls to capture one after the other; give one per input set and the rotation makes the cache cold.
-            They must have run before (compiled, workspaces allocated).
+        launches: calls to capture one after the other; give one per input set and the rotation makes the
+            cache cold. They must have run before (compiled, workspaces allocated).
         device: a CUDA device.
     """
 
@@ -106,8 +108,8 @@ class GraphRunner:
 class EventRunner:
     """Single calls timed by events, cycling through the launches.
 
-    The events also see the host's launch latency where the call is shorter than that; `before` (such as `Flush`) keeps
-    the device busy meanwhile, outside the measured time.
+    The events also see the host's launch latency where the call is shorter than that; `before` (such as
+    `Flush`) keeps the device busy meanwhile, outside the measured time.
     """
 
     method = "events"
@@ -156,7 +158,8 @@ def interleave(
     before: Optional[Callable[[str], None]] = None,
     after: Optional[Callable[[str, float], None]] = None,
 ) -> dict[str, list[float]]:
-    """Repeat all competitors in turn, every second round in reversed order, so that drift hits all of them alike.
+    """Repeat all competitors in turn, every second round in reversed order, so that drift hits all of them
+    alike.
 
     Args:
         runners: by name; each call returns one sample in seconds.

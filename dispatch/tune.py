@@ -1,9 +1,11 @@
-"""Measuring tactics on the GPU at hand, for later decisions. Only when asked: nothing else in the package tunes.
+"""Measuring tactics on the GPU at hand, for later decisions. Only when asked: nothing else here tunes.
 
-For each problem: the default tactic and the most promising others run in a process of their own (`dispatch.worker`), are
-checked against a float64 reference, and those that pass are timed in turn, in CUDA graphs, with a cold L2. Results are
-saved after each problem, so that an interrupted run resumes where it stopped.
+For each problem: the default tactic and the most promising others run in a process of their own
+(`dispatch.worker`), are checked against a float64 reference, and those that pass are timed in turn, in CUDA
+graphs, with a cold L2. Results are saved after each problem, so that an interrupted run resumes where it
+stopped.
 """
+
 from __future__ import annotations
 
 import time
@@ -29,7 +31,8 @@ from dispatch.measured import Entry, table_problem, wanted_alpha
 from dispatch.model import top_k_of
 from dispatch.timing import Timing
 
-#: A candidate that took this many times as long as the best in its check, and `HOPELESS_SECONDS` more, is not raced.
+#: A candidate that took this many times as long as the best in its check, and `HOPELESS_SECONDS` more, is not
+#: raced.
 HOPELESS = 3.0
 HOPELESS_SECONDS = 3e-4
 #: Samples of a tactic, each over all input sets.
@@ -52,8 +55,9 @@ class TuneReport:
 
     Attributes:
         entries: new measurements and failures.
-        done, resumed, left: points measured now, found measured already, and not reached. A point whose share of the
-            time did not suffice for all candidates is done, marked in the store, and measured anew by the next run.
+        done, resumed, left: points measured now, found measured already, and not reached. A point whose share
+            of the time did not suffice for all candidates is done, marked in the store, and measured anew by
+            the next run.
         impossible: points whose inputs could not be made, with the reason.
         seconds: wall time.
         path: the user's table.
@@ -74,7 +78,10 @@ class TuneReport:
             f"tuned {len(self.done)} problems in {self.seconds:.0f} s; {len(self.resumed)} were tuned already, "
             f"{len(self.left)} not reached" + (" (run again to go on)" if self.left else "")
         ]
-        lines += [f"  m={p.problem.m} n={p.problem.n} k={p.problem.k}: no inputs: {why}" for p, why in self.impossible]
+        lines += [
+            f"  m={p.problem.m} n={p.problem.n} k={p.problem.k}: no inputs: {why}"
+            for p, why in self.impossible
+        ]
         for point in self.done:
             problem = table_problem(point.problem)
             own = [e for e in self.entries if e.problem == problem and e.alpha == point.alpha]
@@ -89,7 +96,11 @@ class TuneReport:
             lines.append(head)
             lines += [f"    failed: {e.tactic}: {e.failure}" for e in own if e.seconds is None]
         if self.entries:
-            saved = f"not saved ({self.unsaved}); in use in this process" if self.unsaved else f"saved to {self.path}"
+            saved = (
+                f"not saved ({self.unsaved}); in use in this process"
+                if self.unsaved
+                else f"saved to {self.path}"
+            )
             lines.append(saved)
         return "\n".join(lines)
 
@@ -109,18 +120,21 @@ def autotune(
     again: bool = False,
     progress: bool = True,
 ) -> TuneReport:
-    """Measure tactics on this GPU and let later decisions use them, in this process at once and in others by the store.
+    """Measure tactics on this GPU and let later decisions use them, in this process at once and in others by
+    the store.
 
     Args:
         what, b, alpha: operands as `fc2` takes them, of which only shapes and layouts matter; or problems.
-        budget_s: wall time to keep within, in seconds. What was not reached is reported, and found by the next run.
+        budget_s: wall time to keep within, in seconds. What was not reached is reported, and found by the
+            next run.
         ms: token counts to tune instead of each problem's own.
         alphas: forms of alpha to time, "topk:8" or "dense". Default the one decisions are made for
             (`wanted_alpha`).
         backends: names to include; default those that "auto" may take.
         device: default the operands' device, else the current CUDA device, or the CPU where there is none.
         candidates: tactics to run per problem at most; each backend's default is always among them.
-        refine: tune further token counts where winners change and the wrong one would cost over `candidates.BUCKET_REGRET`.
+        refine: tune further token counts where winners change and the wrong one would cost over
+            `candidates.BUCKET_REGRET`.
         again: measure anew what the store already holds.
         progress: show a progress bar on stderr.
 
@@ -188,7 +202,8 @@ def judge(
     candidates: int = 12,
     progress: bool = True,
 ) -> list[Regret]:
-    """How good decisions are: time all candidates at these token counts and compare with what is decided without that.
+    """How good decisions are: time all candidates at these token counts and compare with what is decided
+    without that.
 
     Nothing is stored. Arguments are as of `autotune`; problems whose chosen tactic did not run are left out.
     """
@@ -205,13 +220,21 @@ def judge(
     found = []
     for point in report.done:
         problem = table_problem(point.problem)
-        times = {e.tactic: e.seconds for e in report.entries if e.problem == problem and e.seconds is not None}
+        times = {
+            e.tactic: e.seconds for e in report.entries if e.problem == problem and e.seconds is not None
+        }
         decision = choose(point.problem, info, known)
         if decision.tactic in times:
             best = min(times, key=lambda t: times[t])
             found.append(
                 Regret(
-                    point.problem, point.alpha, decision.source, decision.tactic, times[decision.tactic], best, times[best]
+                    point.problem,
+                    point.alpha,
+                    decision.source,
+                    decision.tactic,
+                    times[decision.tactic],
+                    best,
+                    times[best],
                 )
             )
     return found
@@ -249,7 +272,13 @@ class _Tuner:
         again: bool,
         keep: bool = True,
     ) -> None:
-        self.device, self.info, self.backends, self.limit, self.again = device, info, backends, candidates, again
+        self.device, self.info, self.backends, self.limit, self.again = (
+            device,
+            info,
+            backends,
+            candidates,
+            again,
+        )
         self.started = time.monotonic()
         self.deadline = self.started + budget_s
         self.worker: Optional[WorkerProcess] = None
@@ -300,7 +329,9 @@ class _Tuner:
         """The user's valid entries of a point, of the backends asked for; none if the point was cut short."""
         table = store.measured_for(self.info).user
         wanted = table_problem(point.problem)
-        found = [e for e in (table.entries if table else ()) if e.problem == wanted and e.alpha == point.alpha]
+        found = [
+            e for e in (table.entries if table else ()) if e.problem == wanted and e.alpha == point.alpha
+        ]
         found = [e for e in found if not self.backends or e.tactic.backend in self.backends]
         return [] if all("cut" in e.notes for e in found) else found
 
@@ -340,7 +371,9 @@ class _Tuner:
                 return
             else:
                 failures[tactic] = answer["failed"]
-        limit = max(HOPELESS * min(passed.values()), min(passed.values()) + HOPELESS_SECONDS) if passed else 0.0
+        limit = (
+            max(HOPELESS * min(passed.values()), min(passed.values()) + HOPELESS_SECONDS) if passed else 0.0
+        )
         racing = [tactic for tactic, seconds in passed.items() if seconds <= limit]
         samples, conditions = self._race(point, racing, failures, share)
         if passed and not samples and self._seconds_left() <= 0:
@@ -408,7 +441,9 @@ class _Tuner:
             }
             self._ready(point)
             try:
-                for answer in self.worker.ask(request, min(RACE_SECONDS, self._seconds_left() + GRACE_SECONDS)):
+                for answer in self.worker.ask(
+                    request, min(RACE_SECONDS, self._seconds_left() + GRACE_SECONDS)
+                ):
                     running = answer.get("running", running)
                     if "sample" in answer:
                         index, seconds = answer["sample"]
@@ -438,7 +473,9 @@ class _Tuner:
         for tactic in (*samples, *slow, *failures):
             notes = {**environment.conditions(registry.get(tactic.backend)), **conditions, "date": date}
             if tactic in failures:
-                entries.append(Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes))
+                entries.append(
+                    Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes)
+                )
                 continue
             taken = samples.get(tactic) or [slow[tactic]]
             if tactic in slow:

@@ -1,15 +1,18 @@
-"""The process that runs tuning candidates, so that one that crashes, hangs or poisons the GPU takes nobody with it.
+"""The process that runs tuning candidates: one that crashes, hangs or poisons the GPU takes nobody with it.
 
 `python -m dispatch.worker` reads requests from stdin and answers on what was stdout, JSON objects one a line:
 
 - `{"do": "setup", "problem", "alpha", "device", "backends"}` makes inputs and the float64 reference;
-- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, compares with the reference and bitwise, and answers
-  with the seconds that the second run took by the host's clock;
-- `{"do": "race", "tactics", "rounds", "seconds"}` times tactics in turn and answers with one `sample` after the other.
+- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, compares with the reference and bitwise,
+  and answers with the seconds that the second run took by the host's clock;
+- `{"do": "race", "tactics", "rounds", "seconds"}` times tactics in turn and answers with one `sample` after
+  the other.
 
-Every request ends with `{"ok": ...}` or `{"failed": reason}`, with `"ended": true` if the process ends with it. Before a tactic runs in a race, `{"running": index}` says
-so: whoever finds the process dead knows whom to blame.
+Every request ends with `{"ok": ...}` or `{"failed": reason}`, with `"ended": true` if the process ends with
+it. Before a tactic runs in a race, `{"running": index}` says so: whoever finds the process dead knows whom to
+blame.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -40,7 +43,8 @@ _SEED = 20260825
 
 
 class Weights:
-    """B of one shape on the device, with copies to rotate through; kept between problems, since making it takes seconds."""
+    """B of one shape on the device, with copies to rotate through; kept between problems, since making it
+    takes seconds."""
 
     def __init__(self, n: int, k: int, device: torch.device) -> None:
         self.plain = inputs.random_operand(n, k, inputs.WEIGHT_STD, inputs.generator(device, _SEED))
@@ -66,7 +70,9 @@ class Weights:
             return self.plain.to_layout(layout)
         prepared = registry.get(owner).prepare(self.plain)
         if prepared.layout != layout:
-            raise ValueError(f"backend {owner!r} prepares {prepared.layout!r}, and the problem has {layout!r}")
+            raise ValueError(
+                f"backend {owner!r} prepares {prepared.layout!r}, and the problem has {layout!r}"
+            )
         return prepared
 
 
@@ -89,7 +95,9 @@ class Bench:
         # Two sets at least: a call must not find what it read itself a moment ago.
         copies = weights.arranged(problem.b_layout, cold_sets(device, touched))
         count = max(2, len(copies))
-        sets = inputs.token_sets(inputs.AlphaForm.parse(alpha), problem.m, problem.k, problem.experts, source, count)
+        sets = inputs.token_sets(
+            inputs.AlphaForm.parse(alpha), problem.m, problem.k, problem.experts, source, count
+        )
         reference = check.references(sets[:1], weights.plain)[0]
         sets = [replace(s, a=s.a.to_layout(problem.a_layout)) for s in sets]
         outs = [torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device) for _ in sets]
@@ -105,7 +113,8 @@ class Bench:
         ]
 
     def check(self, backend: Fc2Backend, tactic: Tactic) -> dict:
-        """Run the tactic twice on the first set: `ok` if both results are right and equal, else what is wrong."""
+        """Run the tactic twice on the first set: `ok` if both results are right and equal, else what is
+        wrong."""
         support = backend.can_implement(self.problem, tactic)
         if not support:
             return {"failed": support.reason}

@@ -1,4 +1,6 @@
-"""Backends for tests of tuning: what they do wrong is a field of their tactic. Importable, as the tuner's process needs."""
+"""Backends for tests of tuning: what they do wrong is a field of their tactic. Importable, as the tuner's
+process needs."""
+
 from __future__ import annotations
 
 import os

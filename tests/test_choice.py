@@ -1,4 +1,5 @@
 """Decisions by value: each source, each override, each rejection, ties, and how long a decision takes."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,14 @@ from backends.cute.backend import CuteBackend
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
 from backends.triton.backend import TritonBackend
-from dispatch import ArgumentError, ArgumentTypeError, UnavailableError, environment, execute, store
+from dispatch import (
+    ArgumentError,
+    ArgumentTypeError,
+    UnavailableError,
+    environment,
+    execute,
+    store,
+)
 from dispatch.choice import MODEL_MARGIN, NOTHING, TIE_MARGIN, Pin, choose, pick_among
 from dispatch.hardware import GPUS
 from dispatch.measured import OUT_OF_MEMORY, Entry, Measured, Table
@@ -45,7 +53,9 @@ def installed(monkeypatch):
     monkeypatch.setattr(TritonBackend, "is_automatic", sm80)
 
 
-def problem(m: int, device: DeviceInfo = B200, n: int = 7168, k: int = 65536, experts: int = 256, **other) -> Fc2Problem:
+def problem(
+    m: int, device: DeviceInfo = B200, n: int = 7168, k: int = 65536, experts: int = 256, **other
+) -> Fc2Problem:
     return Fc2Problem(m, n, k, experts, device_type=device.type, capability=device.capability, **other)
 
 
@@ -103,7 +113,8 @@ def test_between_published_token_counts(m):
 
 @pytest.mark.parametrize("m", [1, 8, 16])
 def test_far_fewer_bytes_beat_times_of_other_token_counts_only(m):
-    """Skipping unselected experts was never timed on a B200; below the published token counts arithmetic decides."""
+    """Skipping unselected experts was never timed on a B200; below the published token counts arithmetic
+    decides."""
     decision = choose(problem(m), B200, shipped(B200))
     assert decision.tactic.skip and decision.source == "model"
     published = next(c for c in decision.candidates if c.tactic == SPLIT)
@@ -117,7 +128,9 @@ def test_a_small_promise_of_the_model_does_not_displace_what_was_measured_nearby
     decision = choose(problem(60), B200, Measured(table(*near), None, model))
     assert decision.tactic == SPLIT and decision.source == "model"
     rivals = choose(problem(60), B200, Measured(table(*near), None, model), complete=True).candidates[1:]
-    assert min(c.seconds for c in rivals) < decision.seconds / (1 + TIE_MARGIN), "one is predicted to be faster"
+    assert min(c.seconds for c in rivals) < decision.seconds / (1 + TIE_MARGIN), (
+        "one is predicted to be faster"
+    )
 
 
 def test_another_output_type_takes_the_near_times():
@@ -132,7 +145,9 @@ def test_an_unmeasured_shape_is_decided_by_the_model():
 
 
 def test_the_rule_is_overridden_by_the_users_own_measurement_only():
-    published = table(entry(128, RULE, 70.0, "any", source="pr12686"), entry(128, SPLIT, 50.0, "any", source="pr13833"))
+    published = table(
+        entry(128, RULE, 70.0, "any", source="pr12686"), entry(128, SPLIT, 50.0, "any", source="pr13833")
+    )
     assert choose(problem(128), B200, Measured(published)).source == "rule"
     tuned = table(entry(128, RULE, 70.0), entry(128, SPLIT, 60.0))
     decision = choose(problem(128), B200, Measured(published, tuned))
@@ -168,14 +183,18 @@ def test_measured_here_beats_everything_else():
 
 
 def test_neighbours_that_agree_are_interpolated_straight_in_the_logarithms():
-    known = Measured(table(entry(4, SLOW, 10.0), entry(4, FAST, 8.0), entry(64, SLOW, 40.0), entry(64, FAST, 32.0)))
+    known = Measured(
+        table(entry(4, SLOW, 10.0), entry(4, FAST, 8.0), entry(64, SLOW, 40.0), entry(64, FAST, 32.0))
+    )
     decision = choose(problem(16, H200), H200, known)
     assert (decision.tactic, decision.source) == (FAST, "interpolated")
     assert decision.seconds == pytest.approx(16e-6)
 
 
 def test_interpolation_finds_the_crossing():
-    known = Measured(table(entry(4, SLOW, 10.0), entry(4, FAST, 20.0), entry(64, SLOW, 80.0), entry(64, FAST, 40.0)))
+    known = Measured(
+        table(entry(4, SLOW, 10.0), entry(4, FAST, 20.0), entry(64, SLOW, 80.0), entry(64, FAST, 40.0))
+    )
     assert choose(problem(5, H200), H200, known).tactic == SLOW
     assert choose(problem(60, H200), H200, known).tactic == FAST
 
@@ -184,7 +203,9 @@ def test_user_times_replace_shipped_ones_at_the_same_problem_only():
     ours = table(entry(16, SLOW, 10.0), entry(64, SLOW, 10.0), entry(64, FAST, 30.0))
     user = table(entry(16, FAST, 50.0))
     known = Measured(ours, user)
-    assert choose(problem(16, H200), H200, known).tactic == FAST, "their 50 us and our 10 us are of different runs"
+    assert choose(problem(16, H200), H200, known).tactic == FAST, (
+        "their 50 us and our 10 us are of different runs"
+    )
     assert choose(problem(64, H200), H200, known).tactic == SLOW
 
 
@@ -214,7 +235,9 @@ def test_ties_without_an_incumbent_go_by_the_fixed_order():
 
 def test_another_backend_needs_a_known_and_clearly_lower_time():
     times = [entry(16, TorchTactic(), 10.0)]
-    assert choose(problem(16, H200), H200, Measured(table(*times))).backend == "triton", "of which nothing is known"
+    assert choose(problem(16, H200), H200, Measured(table(*times))).backend == "triton", (
+        "of which nothing is known"
+    )
     times.append(entry(16, FAST, 10.1))
     assert choose(problem(16, H200), H200, Measured(table(*times))).backend == "triton", "a tie"
     times[1] = entry(16, FAST, 11.0)
@@ -227,7 +250,9 @@ def test_a_tactic_that_failed_while_tuning_is_not_taken():
     decision = choose(problem(16, H200), H200, known)
     assert decision.tactic == FAST
     assert f"not {default}: failed while tuning this shape: wrong result" in str(decision)
-    assert choose(problem(16, H200), H200, known, tactic=default).tactic == default, "the caller may still ask for it"
+    assert choose(problem(16, H200), H200, known, tactic=default).tactic == default, (
+        "the caller may still ask for it"
+    )
 
 
 def test_what_lacked_memory_may_run_with_fewer_tokens():
@@ -258,7 +283,13 @@ def test_pick_among_prefers_the_evidence_alone():
 
 
 def test_the_complete_list_gives_the_same_decision():
-    for device, known in ((B200, shipped(B200)), (B200, NOTHING), (H200, NOTHING), (H200, shipped(H200)), (CPU, NOTHING)):
+    for device, known in (
+        (B200, shipped(B200)),
+        (B200, NOTHING),
+        (H200, NOTHING),
+        (H200, shipped(H200)),
+        (CPU, NOTHING),
+    ):
         for m in (1, 33, 128, 300):
             for n, k, experts in ((7168, 65536, 256), (4096, 128 * 384, 128)):
                 p = problem(m, device, n, k, experts)
@@ -302,12 +333,22 @@ def test_a_partial_tactic_pins_the_fields_given(m, pin, tactic, source):
 @pytest.mark.parametrize(
     "backend, pin, error, text",
     [
-        ("auto", {"tile_q": 1}, ArgumentError, "tactic pins tile_q; no backend's tactic has all of these fields"),
+        (
+            "auto",
+            {"tile_q": 1},
+            ArgumentError,
+            "tactic pins tile_q; no backend's tactic has all of these fields",
+        ),
         ("auto", {"backend": "cute", "tile_q": 1}, ArgumentError, "CuteTactic has no field 'tile_q'"),
         ("auto", {"tile_n": "64"}, ArgumentError, "CuteTactic.tile_n is '64'"),
         ("auto", {"tile_n": 96}, UnavailableError, "tile_m x tile_n is"),
         ("auto", {"backend": "nobody"}, ArgumentError, "backend is 'nobody'"),
-        ("torch", {"backend": "cute"}, ArgumentError, "tactic belongs to backend 'cute' and backend is 'torch'"),
+        (
+            "torch",
+            {"backend": "cute"},
+            ArgumentError,
+            "tactic belongs to backend 'cute' and backend is 'torch'",
+        ),
         ("auto", 7, ArgumentTypeError, "tactic is int"),
     ],
 )
@@ -347,7 +388,9 @@ def fc2_in(environment_: dict[str, str], body: str = "") -> subprocess.Completed
         "print(dispatch.explain(a, b, alpha).tactic)\n"
     )
     clean = {"FC2_CACHE_DIR": "/nonexistent", **environment_}
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**ENVIRONMENT, **clean})
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**ENVIRONMENT, **clean}
+    )
 
 
 ENVIRONMENT = {name: value for name, value in __import__("os").environ.items() if not name.startswith("FC2_")}
@@ -357,7 +400,9 @@ def test_environment_overrides_and_log():
     forced = fc2_in({"FC2_TACTIC": "torch(form=cached_weight)", "FC2_LOG": "1"})
     assert forced.stdout.strip() == "torch(form=cached_weight)", forced.stderr
     logged = [line for line in forced.stderr.splitlines() if "m=2 n=8 k=32 experts=2" in line]
-    assert len(logged) == 1 and "torch(form=cached_weight) (forced)" in logged[0], "each decision is logged once"
+    assert len(logged) == 1 and "torch(form=cached_weight) (forced)" in logged[0], (
+        "each decision is logged once"
+    )
     refused = fc2_in({"FC2_BACKEND": "cute"})
     assert "backend 'cute' cannot run this call" in refused.stderr
     assert "asked for by the environment: FC2_BACKEND=cute" in refused.stderr
@@ -387,7 +432,9 @@ def test_only_torch_on_a_gpu_is_told_about():
     old = DeviceInfo("cuda", "Tesla V100", (7, 0), 80)
     decision = choose(problem(16, old), old)
     assert decision.backend == "torch"
-    assert "only the slow torch baseline can run this call" in decision.warning and "SM 8.0" in decision.warning
+    assert (
+        "only the slow torch baseline can run this call" in decision.warning and "SM 8.0" in decision.warning
+    )
 
 
 def test_what_was_not_measured_on_a_gpu_is_said_with_the_remedy():
@@ -411,7 +458,9 @@ def test_the_report_is_short_and_complete():
 
 
 def test_when_nothing_can_run_every_reason_is_given(monkeypatch):
-    monkeypatch.setattr(type(registry.get("torch")), "is_supported", lambda self, device: Support(False, "is tired"))
+    monkeypatch.setattr(
+        type(registry.get("torch")), "is_supported", lambda self, device: Support(False, "is tired")
+    )
     with pytest.raises(UnavailableError) as error:
         choose(problem(16, CPU), CPU)
     for text in ("cute: needs SM 10.0", "triton: needs SM 8.0", "torch: is tired"):
@@ -458,7 +507,9 @@ def test_new_decisions_take_microseconds_and_cached_ones_less():
     a, b = dispatch.quantize_nvfp4(torch.ones(2, 32)), dispatch.quantize_nvfp4(torch.ones(8, 32))
     call = (a, b, torch.ones(2, 2), "auto", torch.bfloat16, None, None)
     execute.run_fc2(*call)
-    best = min(_seconds(lambda: [execute._plans[execute._key(*call)] for _ in range(1000)]) for _ in range(20))
+    best = min(
+        _seconds(lambda: [execute._plans[execute._key(*call)] for _ in range(1000)]) for _ in range(20)
+    )
     assert best / 1000 < 10e-6  # 1.3 us on an idle core, 2026-11-23; loaded machines run these tests too
 
 
@@ -478,4 +529,6 @@ def test_a_model_alone_orders_tactics():
     model = fit(entries, 148, 8e12, 9e15)
     assert isinstance(model, Model)
     decision = choose(problem(64, n=4096), B200, Measured(None, None, model))
-    assert decision.source == "model" and decision.seconds == pytest.approx(min(c.seconds for c in decision.candidates))
+    assert decision.source == "model" and decision.seconds == pytest.approx(
+        min(c.seconds for c in decision.candidates)
+    )

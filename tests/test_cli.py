@@ -1,4 +1,5 @@
 """`python -m dispatch`: what it prints, without a GPU."""
+
 from __future__ import annotations
 
 import json
@@ -22,7 +23,9 @@ from dispatch.measured import Entry, Table
 def cache(tmp_path, monkeypatch):
     settings = replace(environment.Settings.of({}), cache_dir=tmp_path / "cache")
     monkeypatch.setattr(environment, "settings", lambda: settings)
-    monkeypatch.setattr(CuteBackend, "is_supported", lambda self, device: Support(device.capability == (10, 0), "needs SM 10"))
+    monkeypatch.setattr(
+        CuteBackend, "is_supported", lambda self, device: Support(device.capability == (10, 0), "needs SM 10")
+    )
     store.forget()
     yield tmp_path / "cache"
     store.forget()
@@ -52,10 +55,21 @@ def test_explain_for_a_gpu_that_is_not_here(capsys):
 
 
 def test_explain_by_shape_name_and_with_overrides(capsys):
-    status, out, _ = run(capsys, *"explain --m 64 --shape deepseek-v3-tp8,qwen3-235b-tp4 --device B200".split())
+    status, out, _ = run(
+        capsys, *"explain --m 64 --shape deepseek-v3-tp8,qwen3-235b-tp4 --device B200".split()
+    )
     assert status == 0 and out.count("fc2 m=64") == 2
     status, out, _ = run(
-        capsys, "explain", "--m", "64", "--shape", "deepseek-v3-tp8", "--device", "B200", "--tactic", "cute(tile_n=64)"
+        capsys,
+        "explain",
+        "--m",
+        "64",
+        "--shape",
+        "deepseek-v3-tp8",
+        "--device",
+        "B200",
+        "--tactic",
+        "cute(tile_n=64)",
     )
     assert "tile_n=64" in out.splitlines()[0] and "published (pr13833)" in out
 
@@ -68,7 +82,10 @@ def test_explain_by_shape_name_and_with_overrides(capsys):
         ("explain --m 4 --shape nothing", "--shape 'nothing' is unknown; known: deepseek-v3-tp8"),
         ("explain --m 4 --n 64 --k 100 --experts 4", "k / experts must be a positive multiple of 16"),
         ("explain --m 0 --n 64 --k 128 --experts 4", "m=0"),
-        ("explain --m 4 --n 64 --k 128 --experts 4 --device X1", "--device 'X1' is unknown; known: B200, H200"),
+        (
+            "explain --m 4 --n 64 --k 128 --experts 4 --device X1",
+            "--device 'X1' is unknown; known: B200, H200",
+        ),
         ("explain --m 4 --n 64 --k 128 --experts 4 --backend x", "backend is 'x'; known: auto"),
         ("explain --m 4 --n 64 --k 128 --experts 4 --device H200 --backend cute", "needs SM 10"),
         ("explain --m 4 --n 64 --k 128 --experts 4 --tactic ???", "tactic is '???'"),
@@ -99,7 +116,10 @@ def test_fit_and_ship(capsys, cache, tmp_path, monkeypatch):
     shipped.mkdir()
     monkeypatch.setattr(store, "SHIPPED", shipped)
     problems = [Fc2Problem(m, 7168, 65536, 256) for m in (1, 8, 64)]
-    rows = [Entry(p, "topk:8", TorchTactic(), (100 + p.m) * 1e-5, notes={"timer": "graph", "l2": "cold"}) for p in problems]
+    rows = [
+        Entry(p, "topk:8", TorchTactic(), (100 + p.m) * 1e-5, notes={"timer": "graph", "l2": "cold"})
+        for p in problems
+    ]
     path = tmp_path / "mine.json"
     store.write(path, Table("NVIDIA H200", tuple(rows)))
     status, out, _ = run(capsys, "ship", str(path))
@@ -114,6 +134,21 @@ def test_fit_and_ship(capsys, cache, tmp_path, monkeypatch):
 
 
 def test_it_runs_as_a_module():
-    command = [sys.executable, "-m", "dispatch", "explain", "--m", "3", "--n", "64", "--k", "128", "--experts", "4"]
-    run_ = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FC2_CACHE_DIR": "/nonexistent"})
+    command = [
+        sys.executable,
+        "-m",
+        "dispatch",
+        "explain",
+        "--m",
+        "3",
+        "--n",
+        "64",
+        "--k",
+        "128",
+        "--experts",
+        "4",
+    ]
+    run_ = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "FC2_CACHE_DIR": "/nonexistent"}
+    )
     assert run_.returncode == 0 and "torch(form=experts) (default)" in run_.stdout, run_.stderr

@@ -1,4 +1,6 @@
-"""The model by value, its fit, and how far its decisions may be trusted: leave-one-out on every shipped table."""
+"""The model by value, its fit, and how far its decisions may be trusted: leave-one-out on every shipped
+table."""
+
 from __future__ import annotations
 
 import math
@@ -20,9 +22,10 @@ from dispatch.shapes import SHAPES, assumed_top_k
 V3 = Fc2Problem(128, 7168, 65536, 256)
 TABLES = sorted(path.stem for path in store.SHIPPED.glob("*.json"))
 
-# Bounds that hold the decision without a measurement to the measured best: (geomean regret, worst regret, mean error of
-# the predicted times). B200: 8 problems of one shape with 2 or 3 tactics each, all published; 0.0%, 0.0% and 2.5% on
-# 2026-11-23. So few rows show that the model orders these tactics, not that it would order others.
+# Bounds that hold the decision without a measurement to the measured best: (geomean regret, worst regret,
+# mean error of the predicted times). B200: 8 problems of one shape with 2 or 3 tactics each, all published;
+# 0.0%, 0.0% and 2.5% on 2026-11-23. So few rows show that the model orders these tactics, not that it would
+# order others.
 BOUNDS = {"NVIDIA-B200": (0.01, 0.03, 0.04)}
 DEFAULT_BOUND = (0.03, 0.10, 0.25)
 
@@ -44,14 +47,20 @@ def test_leave_one_out_regret_of_shipped_tables(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_shipped_constants_are_those_of_the_fit(name):
     table = store.load(store.SHIPPED / f"{name}.json")
-    assert {f: v.to_json() for f, v in fitted(table).model.items()} == {f: v.to_json() for f, v in table.model.items()}
+    assert {f: v.to_json() for f, v in fitted(table).model.items()} == {
+        f: v.to_json() for f, v in table.model.items()
+    }
 
 
 def test_leave_one_out_can_fail():
     """A tactic that is fast at one token count only, for no reason the model knows, must show as regret."""
     tactics = CuteTactic(128, 64), CuteTactic(128, 128)
     times = {16: (50, 60), 32: (50, 60), 64: (50, 20), 96: (50, 60), 128: (50, 60)}
-    entries = [Entry(replace(V3, m=m), "any", t, us * 1e-6) for m, pair in times.items() for t, us in zip(tactics, pair)]
+    entries = [
+        Entry(replace(V3, m=m), "any", t, us * 1e-6)
+        for m, pair in times.items()
+        for t, us in zip(tactics, pair)
+    ]
     results = {r.problem.m: r for r in leave_one_out(Table("NVIDIA B200", tuple(entries)))}
     assert results[64].chosen == tactics[0] and results[64].regret == pytest.approx(1.5)
     assert max(r.regret for m, r in results.items() if m not in (32, 64, 96)) == 0
@@ -80,7 +89,9 @@ def test_stream_k_is_even():
     work = describe(V3, CuteTactic(128, 128, split_k=0), 148, "dense")
     assert (work.wave_factor, work.tile) == (1.0, "128x128")
     # 148 partial sums for 56 tiles, written and read in float32.
-    assert work.bytes - describe(V3, CuteTactic(128, 128), 148, "dense").bytes == pytest.approx(148 / 56 * 128 * 7168 * 8)
+    assert work.bytes - describe(V3, CuteTactic(128, 128), 148, "dense").bytes == pytest.approx(
+        148 / 56 * 128 * 7168 * 8
+    )
 
 
 def test_skipping_counts_the_selected_experts():
@@ -129,11 +140,16 @@ def test_the_fit_finds_the_constants_that_made_the_times():
 
 
 def test_failures_do_not_enter_the_fit():
-    rows = [Entry(V3, "any", CuteTactic(128, 64), 6e-5), Entry(V3, "any", CuteTactic(128, 128), None, failure="crash")]
+    rows = [
+        Entry(V3, "any", CuteTactic(128, 64), 6e-5),
+        Entry(V3, "any", CuteTactic(128, 128), None, failure="crash"),
+    ]
     assert set(fit(rows, 148, 8e12, 9e15).families["cute"].compute) == {"128x64"}
 
 
-@pytest.mark.parametrize("text, experts, k", [("topk:8", 256, 8), ("topk:8", 4, 4), ("dense", 32, 32), ("any", 32, 32)])
+@pytest.mark.parametrize(
+    "text, experts, k", [("topk:8", 256, 8), ("topk:8", 4, 4), ("dense", 32, 32), ("any", 32, 32)]
+)
 def test_forms_of_alpha(text, experts, k):
     assert top_k_of(text, experts) == k
 

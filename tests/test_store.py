@@ -1,4 +1,6 @@
-"""Tables in files: round trips, concurrent writers, damage of every kind, staleness and what this process remembers."""
+"""Tables in files: round trips, concurrent writers, damage of every kind, staleness and what this process
+remembers."""
+
 from __future__ import annotations
 
 import errno
@@ -35,7 +37,14 @@ def cache(tmp_path, monkeypatch):
 
 
 def entry(m: int, us: float = 10.0, tactic=TorchTactic(), **other) -> Entry:
-    notes = {"kernel": "k", "compiler": "c", "timer": "graph", "l2": "cold", "date": "2026-11-23", **other.pop("notes", {})}
+    notes = {
+        "kernel": "k",
+        "compiler": "c",
+        "timer": "graph",
+        "l2": "cold",
+        "date": "2026-11-23",
+        **other.pop("notes", {}),
+    }
     return Entry(Fc2Problem(m, 64, 128, 4), "topk:1", tactic, us * 1e-6, 0.01, notes=notes, **other)
 
 
@@ -47,9 +56,13 @@ def parse(path) -> Table:
 
 
 def test_table_round_trip_with_everything():
-    failed = Entry(Fc2Problem(8, 64, 128, 4), "dense", TorchTactic("cached_weight"), None, failure="wrong result")
+    failed = Entry(
+        Fc2Problem(8, 64, 128, 4), "dense", TorchTactic("cached_weight"), None, failure="wrong result"
+    )
     model = {"cute": Family(8e-6, 0.75, {"128x64": 0.5})}
-    table = Table(GPU, (entry(1), entry(2, tactic=CuteTactic(split_k=2)), failed), model=model, extra={"about": "x"})
+    table = Table(
+        GPU, (entry(1), entry(2, tactic=CuteTactic(split_k=2)), failed), model=model, extra={"about": "x"}
+    )
     assert Table.parse(table.text()) == table
 
 
@@ -206,7 +219,9 @@ def write_twenty(directory, writer: int, begin) -> None:
 
 
 def test_eight_writers_lose_nothing(cache):
-    context = multiprocessing.get_context("fork")  # a fresh interpreter each would spend most of its time importing
+    context = multiprocessing.get_context(
+        "fork"
+    )  # a fresh interpreter each would spend most of its time importing
     begin = context.Barrier(8)
     writers = [context.Process(target=write_twenty, args=(cache, i, begin)) for i in range(8)]
     for writer in writers:
@@ -215,7 +230,9 @@ def test_eight_writers_lose_nothing(cache):
         writer.join(timeout=120)
     assert [writer.exitcode for writer in writers] == [0] * 8
     table = store.load(store.user_path(GPU))
-    assert {(e.problem.n, e.problem.m) for e in table.entries} == {(16 * w, m) for w in range(1, 9) for m in range(1, 21)}
+    assert {(e.problem.n, e.problem.m) for e in table.entries} == {
+        (16 * w, m) for w in range(1, 9) for m in range(1, 21)
+    }
     assert not list(cache.glob("*.tmp")) and not list(cache.glob("*.broken*"))
 
 

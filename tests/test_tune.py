@@ -1,4 +1,6 @@
-"""Tuning on a CPU with backends that misbehave in every way: candidates are isolated, checked, timed and remembered."""
+"""Tuning on a CPU with backends that misbehave in every way: candidates are isolated, checked, timed and
+remembered."""
+
 from __future__ import annotations
 
 import os
@@ -12,15 +14,22 @@ import pytest
 import torch
 
 import dispatch
-from backends import DeviceInfo, Fc2Problem, quantize_nvfp4, register, registry, unregister
+from backends import (
+    DeviceInfo,
+    Fc2Problem,
+    quantize_nvfp4,
+    register,
+    registry,
+    unregister,
+)
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
 from dispatch import ArgumentError, environment, store, tune
+from dispatch.candidates import PRUNE, Point, coarse_to_fine, next_m, plan
 from dispatch.choice import choose
 from dispatch.hardware import GPUS
 from dispatch.measured import Entry, Measured, table_problem
 from dispatch.model import Family, Model
-from dispatch.candidates import PRUNE, Point, coarse_to_fine, next_m, plan
 from dispatch.tune import autotune, judge
 from tests.stub_backends import HangingBackend, StubBackend, StubTactic
 
@@ -61,7 +70,12 @@ def test_candidates_are_isolated_checked_timed_and_remembered(stub, cache):
     assert set(times) == {StubTactic(delay_ms=5), StubTactic(delay_ms=1)}
     assert 1e-3 < times[StubTactic(delay_ms=1)].seconds < times[StubTactic(delay_ms=5)].seconds
     notes = times[StubTactic(delay_ms=1)].notes
-    assert notes["timer"] == "host" and notes["kernel"] and notes["date"].startswith("20") and notes["samples"] >= 5
+    assert (
+        notes["timer"] == "host"
+        and notes["kernel"]
+        and notes["date"].startswith("20")
+        and notes["samples"] >= 5
+    )
 
     # Decisions of this process use it at once; the default would have been the slow one.
     decision = choose(PROBLEM, CPU, store.measured_for(CPU), "stub")
@@ -223,7 +237,9 @@ def test_coarse_to_fine_covers_evenly_wherever_it_stops():
     points = [Point(problem(m), "dense") for m in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     assert [p.problem.m for p in coarse_to_fine(points)] == [1, 256, 16, 4, 64, 2, 8, 32, 128]
     two = [Point(replace(problem(m), n=n), "dense") for m in (1, 2, 4) for n in (7168, 64)]
-    assert [(p.problem.n, p.problem.m) for p in coarse_to_fine(two)] == [(n, m) for n in (7168, 64) for m in (1, 4, 2)]
+    assert [(p.problem.n, p.problem.m) for p in coarse_to_fine(two)] == [
+        (n, m) for n in (7168, 64) for m in (1, 4, 2)
+    ]
 
 
 def test_buckets_are_refined_where_the_wrong_winner_costs():
