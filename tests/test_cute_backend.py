@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,20 @@ def test_command_line(tmp_path) -> None:
     pytest.importorskip("cutlass")
     assert "6 kernels for sm_103a" in run_module("backends.cute", "compile", "--arch", "sm_103a", directory=tmp_path)
     assert len(list((tmp_path / "cute").glob(f"sm_103a-{platform.machine()}-*-bfloat16-*.o"))) == 6
+
+
+@pytest.mark.parametrize("name", ["a.data", "a.scale", "b.data", "b.scale", "out"])
+def test_misaligned_memory_is_an_error(monkeypatch, name) -> None:
+    cute = cute_backend.CuteBackend()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cute, "_prepare_call", lambda *_: (None, (), 0, 0))
+
+    def memory(own: str) -> torch.Tensor:
+        return torch.zeros(1024, dtype=torch.uint8)[3 if own == name else 0 :]
+
+    a, b = (SimpleNamespace(data=memory(f"{x}.data"), scale=memory(f"{x}.scale")) for x in "ab")
+    with pytest.raises(ValueError, match=f"^{name} starts 3 bytes past a multiple of 16"):
+        cute.run(PROBLEM, CuteTactic(), a, b, torch.zeros(8, 8), memory("out"))
 
 
 def test_counters_of_streams_and_graphs(monkeypatch) -> None:

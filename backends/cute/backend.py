@@ -89,10 +89,10 @@ class CuteBackend(Fc2Backend):
         if floats:
             partials = torch.empty(floats, dtype=torch.float32, device=device)
             workspace, counters = partials.data_ptr(), self._counters(device, stream, tiles).data_ptr()
-        arguments = (
-            a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha.data_ptr(),
-            out.data_ptr(), workspace, counters, *sizes, stream,
-        )
+        by_tma = (a.data.data_ptr(), a.scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), out.data_ptr())
+        if (by_tma[0] | by_tma[1] | by_tma[2] | by_tma[3] | by_tma[4]) % 16:
+            raise ValueError(_misaligned(by_tma))
+        arguments = (*by_tma[:4], alpha.data_ptr(), by_tma[4], workspace, counters, *sizes, stream)
         if device.index == torch.cuda.current_device():
             launcher(*arguments)
         else:
@@ -151,6 +151,16 @@ def dsl_support() -> Support:
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_DSL:
         return Support(False, f"the CuTe DSL is {version}; the kernel needs {needed} or newer; {advice}")
     return SUPPORTED
+
+
+def _misaligned(addresses: tuple[int, ...]) -> str:
+    # The compiled code would round the address down and read what lies before it.
+    names = ("a.data", "a.scale", "b.data", "b.scale", "out")
+    name, address = next((n, p) for n, p in zip(names, addresses) if p % 16)
+    return (
+        f"{name} starts {address % 16} bytes past a multiple of 16; TMA addresses memory in units of 16 bytes: "
+        f"pass a tensor that owns its memory, such as a clone"
+    )
 
 
 def _kernel_id(problem: Fc2Problem, tactic: CuteTactic) -> tuple[CuteTactic, str, str]:
