@@ -18,6 +18,7 @@ DECLARATIONS = """
     .reg .b32 %r<160>;
     .reg .f32 %f<32>;
     .reg .b64 %d<32>;
+    .reg .b128 %q;
 """
 
 
@@ -171,7 +172,7 @@ finished:""" + STORE,
             "add.s32.sideways %r0, %r1, %r2;",
             "ld.global.L9::evict.b32 %r0, [%d0];",
         ):
-            with pytest.raises(PtxError, match=r"line 13: .*" + text.split(" ")[0].split(".")[0]):
+            with pytest.raises(PtxError, match=r"line 14: .*" + text.split(" ")[0].split(".")[0]):
                 run("\n    " + text, ints(1))
 
 
@@ -273,6 +274,34 @@ class TestAcrossClusters:
             Race, match="global load .* is not ordered after its write by warp 0 .* of cluster"
         ):
             self._run(last_arriver(fence), schedule, seed)
+
+    @every_schedule
+    def test_cluster_launch_control(self, schedule: str, seed: int) -> None:
+        """One warp takes over every CTA that has not started; each number is counted once."""
+        text = f"""
+    ld.param.u64 %d0, [out];
+    mov.u32 %r20, smem;
+    mov.u32 %r0, %tid.x;
+    setp.ne.u32 %p0, %r0, 0;
+    @%p0 exit;
+    mbarrier.init.shared.b64 [%r20], 1;
+    mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, 0;
+count:
+    mad.wide.u32 %d1, %r2, 4, %d0;
+    red.global.add.u32 [%d1], 1;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r20], 16;
+    clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r20+16], [%r20];
+{wait("%r20", "%r3", "answer")}
+    xor.b32 %r3, %r3, 1;
+    ld.shared.b128 %q, [%r20+16];
+    fence.proxy.async.shared::cta;
+    clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 %p1, %q;
+    clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r2, %q;
+    @%p1 bra count;"""
+        out = torch.zeros(7, dtype=torch.int32)
+        run(text, out, grid=(7, 1, 1), smem=64, schedule=schedule, seed=seed, concurrent=2)
+        assert out.tolist() == [1] * 7
 
 
 class TestSharedMemoryAndBarriers:

@@ -275,15 +275,20 @@ def compile_target(arch: str = "sm_100a") -> Iterator[None]:
     from cutlass._mlir import execution_engine
     from cutlass.base_dsl.jit_executor import JitCompiledFunction
     from cutlass.cutlass_dsl import CuTeDSL
+    from cutlass.cutlass_dsl.cutlass import CuteExperimentalDSL
 
-    env = CuTeDSL._get_dsl().envar
+    settings = [dsl._get_dsl().envar for dsl in (CuTeDSL, CuteExperimentalDSL)]
     engine_class = execution_engine.ExecutionEngine
     make_engine, make_function = engine_class.__init__, JitCompiledFunction.__init__
-    saved = {
-        name: getattr(env, name)
-        for name in ("_arch", "keep_ptx", "dump_dir", "no_cache", "disable_file_caching")
-    }
     dump_dir = tempfile.mkdtemp(prefix="emulator_ptx_")
+    wanted = {
+        "_arch": arch,
+        "keep_ptx": True,
+        "dump_dir": dump_dir,
+        "no_cache": True,
+        "disable_file_caching": True,
+    }
+    saved = [{name: getattr(env, name) for name in wanted} for env in settings]
 
     def engine_init(self: object, *args: object, **kwargs: object) -> None:
         make_engine(self, *args, **kwargs)
@@ -298,13 +303,15 @@ def compile_target(arch: str = "sm_100a") -> Iterator[None]:
             api.ptx = self.__ptx__
             self.__dict__["num_devices"] = 1  # else asked of the CUDA runtime
 
-    env._arch, env.keep_ptx, env.dump_dir = arch, True, dump_dir
-    env.no_cache = env.disable_file_caching = True
+    for env in settings:
+        for name, value in wanted.items():
+            setattr(env, name, value)
     engine_class.__init__, JitCompiledFunction.__init__ = engine_init, function_init
     try:
         yield
     finally:
         engine_class.__init__, JitCompiledFunction.__init__ = make_engine, make_function
-        for name, value in saved.items():
-            setattr(env, name, value)
+        for env, values in zip(settings, saved):
+            for name, value in values.items():
+                setattr(env, name, value)
         shutil.rmtree(dump_dir, ignore_errors=True)

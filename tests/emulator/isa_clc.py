@@ -1,4 +1,4 @@
-"""Cluster launch control: a running cluster takes over a pending one (PTX ISA 9.7.13.17, "clusterlaunchcontrol").
+"""Cluster launch control: a running cluster takes over a pending one (PTX ISA 9.7.13.17).
 
 The 16-byte response is opaque in PTX. Here it is {first ctaid x, y, z, 1 if a cluster was cancelled}.
 """
