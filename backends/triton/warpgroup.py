@@ -166,7 +166,10 @@ def fc2_warpgroup(
     rings = (acts, codes, factors, alphas, words, scales, filled, drained, loaded, used)
     share = (first, last, gl.cdiv(tokens, TOKENS))
     sources = (packed, units, w_data, w_scale, alpha_t, blocks)
-    place = (parts, tiles, slots, program, gl.num_programs(0))
+    # Where the program enters its first tile there may be programs before it; all later tiles it begins itself.
+    start = first // CHUNKS * CHUNKS
+    owner = (((start + 1).to(gl.int64) * gl.num_programs(0) - 1) // all_units).to(gl.int32)
+    place = (parts, slots, program - owner)
     sizes: gl.constexpr = (EXPERTS, INNER, TOKENS, SLICES, CONSUMERS, STAGES, COPY_STAGES, PRODUCERS)
     if PRODUCERS == 2:
         gl.static_assert(CONSUMERS == 2)
@@ -217,9 +220,11 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
     # A thread decodes 8 words of one token, or 4 where there are 16 tokens.
     WORDS: gl.constexpr = gl.BlockedLayout([1, ROWS // 16], [ROWS // 4, 128 // ROWS], [4, 1], [1, 0])
     UNITS: gl.constexpr = gl.SliceLayout(1, WORDS)
+    CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
+    ahead = (first % CHUNKS, first // CHUNKS // token_tiles, first // CHUNKS % token_tiles)
     if WHICH == 0:
-        for ahead in gl.static_range(COPY_STAGES - 2):
-            _copy(rings, first + ahead, last, ahead, token_tiles, sources, sizes)
+        for early in gl.static_range(COPY_STAGES - 2):
+            ahead = _copy(rings, first + early < last, ahead, early, token_tiles, sources, sizes)
     for at in range(first, last):
         step = at - first
         if WHICH == 0:
@@ -227,7 +232,7 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
             stage = (step + COPY_STAGES - 2) % COPY_STAGES
             turn = (step + COPY_STAGES - 2) // COPY_STAGES
             mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
-            _copy(rings, at + COPY_STAGES - 2, last, stage, token_tiles, sources, sizes)
+            ahead = _copy(rings, at + COPY_STAGES - 2 < last, ahead, stage, token_tiles, sources, sizes)
         stage = step % COPY_STAGES
         slot = step % STAGES
         phase = (step // STAGES + 1) & 1
@@ -256,44 +261,48 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
 
 
 @gluon.jit
-def _copy(rings, at, last, stage, token_tiles, sources, sizes: gl.constexpr):
-    """Starts copying the weights and the packed activations of unit `at`, if there is one.
+def _copy(rings, wanted, at, stage, token_tiles, sources, sizes: gl.constexpr):
+    """Starts copying the weights and the packed activations of the unit at (chunk, row tile, token tile); the next unit.
 
     One stage for both: loads return in the order of their issue, so that whatever is loaded later waits for these weights.
     """
-    acts, codes, factors, alphas, words, scales, filled, drained, loaded, used = rings
+    _, codes, factors, alphas, words, scales, _, _, loaded, _ = rings
     packed, units, w_data, w_scale, alpha_t, blocks = sources
+    chunk, row_tile, token_tile = at
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
     TOKENS: gl.constexpr = sizes[2]
-    BLOCKS: gl.constexpr = 2 * sizes[4]
+    PIECES: gl.constexpr = sizes[4] // 2  # of 128 rows, which are contiguous in memory
     DATA: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
     SCALE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    if at < last:
-        chunk = at % CHUNKS
-        block0 = at // CHUNKS // token_tiles * BLOCKS
-        token_tile = at // CHUNKS % token_tiles
-        skipped = chunk.to(gl.int64) * blocks
-        # Rows past the end of B repeat its last block.
-        block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, DATA)), blocks - 1)
-        where = (block * 1024)[:, None] + gl.arange(0, 1024, layout=gl.SliceLayout(0, DATA))[None, :]
-        async_copy.async_copy_global_to_shared(words.index(stage), w_data + skipped * 1024 + where)
-        block = gl.minimum(block0 + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, SCALE)), blocks - 1)
-        where = (block * 128)[:, None] + gl.arange(0, 128, layout=gl.SliceLayout(0, SCALE))[None, :]
-        async_copy.async_copy_global_to_shared(scales.index(stage), w_scale + skipped * 128 + where)
-        row = (chunk * token_tiles + token_tile).to(gl.int64) * (4 * TOKENS)
+    if wanted:
+        for piece in gl.static_range(PIECES):
+            # Rows past the end of B repeat its last 128.
+            block = gl.minimum((row_tile * PIECES + piece) * 4, blocks - 4)
+            base = chunk.to(gl.int64) * blocks + block
+            where = (gl.arange(0, 4, layout=gl.SliceLayout(1, DATA)) * 1024)[:, None]
+            where = where + gl.arange(0, 1024, layout=gl.SliceLayout(0, DATA))[None, :]
+            target = words.index(stage).slice(4 * piece, 4, dim=0)
+            async_copy.async_copy_global_to_shared(target, w_data + base * 1024 + where)
+            where = (gl.arange(0, 4, layout=gl.SliceLayout(1, SCALE)) * 128)[:, None]
+            where = where + gl.arange(0, 128, layout=gl.SliceLayout(0, SCALE))[None, :]
+            target = scales.index(stage).slice(4 * piece, 4, dim=0)
+            async_copy.async_copy_global_to_shared(target, w_scale + base * 128 + where)
+        tile = chunk * token_tiles + token_tile
         where = (gl.arange(0, 4 * TOKENS, layout=gl.SliceLayout(1, CODES)) * 8)[:, None]
         where = where + gl.arange(0, 8, layout=gl.SliceLayout(0, CODES))[None, :]
-        async_copy.async_copy_global_to_shared(codes.index(stage), packed + row * 8 + where)
+        async_copy.async_copy_global_to_shared(codes.index(stage), packed + tile.to(gl.int64) * (32 * TOKENS) + where)
         where = gl.arange(0, 4 * TOKENS, layout=LINE)
-        async_copy.async_copy_global_to_shared(factors.index(stage), units + row + where)
+        async_copy.async_copy_global_to_shared(factors.index(stage), units + tile.to(gl.int64) * (4 * TOKENS) + where)
+        tile = chunk // (sizes[1] // 256) * token_tiles + token_tile
         where = gl.arange(0, TOKENS, layout=LINE)
-        expert = chunk // (sizes[1] // 256)
-        async_copy.async_copy_global_to_shared(
-            alphas.index(stage), alpha_t + (expert * token_tiles + token_tile) * TOKENS + where
-        )
+        async_copy.async_copy_global_to_shared(alphas.index(stage), alpha_t + tile * TOKENS + where)
         async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
+    end = (chunk + 1 == CHUNKS).to(gl.int32)
+    token_tile += end
+    row_end = (token_tile == token_tiles).to(gl.int32)
+    return (chunk + 1) * (1 - end), row_tile + row_end, token_tile * (1 - row_end)
 
 
 @gluon.jit
@@ -301,7 +310,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     """Rows 64 * GROUP .. 64 * GROUP + 63 of the program's tiles."""
     acts, _, _, alphas, words, scales, filled, drained, loaded, used = rings
     first, last, token_tiles = share
-    parts, tiles, slots, program, programs = place
+    parts, slots, slot0 = place
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
     TOKENS: gl.constexpr = sizes[2]
     SLICES: gl.constexpr = sizes[3]
@@ -315,7 +324,10 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     zero = gl.full([64, TOKENS], 0.0, gl.float32, ACC)
     mbarrier.wait(loaded.index(0), 0)
     factors = _factors(scales.index(0), GROUP)
-    left = _left(words.index(0), factors, GROUP, 0, ACC)
+    # All words of a chunk wait in registers where these suffice: a load from shared memory takes 30 cycles.
+    LOADS: gl.constexpr = 4 if TOKENS < 128 else 1
+    x = _load(words.index(0), GROUP, 0, LOADS)
+    left = _left(x[0], factors[0], ACC)
     for at in range(first, last):
         step = at - first
         stage = step % COPY_STAGES
@@ -332,12 +344,16 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
                 partial = warpgroup_mma_wait(1, deps=[partial])
                 if q > 0 and q % QUARTERS == 0:
                     mbarrier.arrive(drained.index(slot * SLICES + q // QUARTERS - 1), count=1)
-                left = _left(words.index(stage), factors, GROUP, q + 1, ACC)
+                if LOADS == 1:
+                    left = _left(_load(words.index(stage), GROUP, q + 1, 1)[0], factors[q + 1], ACC)
+                else:
+                    left = _left(x[q + 1], factors[q + 1], ACC)
         # The next chunk's first registers are ready before this one's sums are.
         following = (step + 1) % COPY_STAGES
         mbarrier.wait(loaded.index(following), ((step + 1) // COPY_STAGES) & 1, pred=at + 1 < last)
         factors = _factors(scales.index(following), GROUP)
-        left = _left(words.index(following), factors, GROUP, 0, ACC)
+        x = _load(words.index(following), GROUP, 0, LOADS)
+        left = _left(x[0], factors[0], ACC)
         partial, left = warpgroup_mma_wait(0, deps=[partial, left])
         alpha = alphas.index(stage).load(COLUMN)
         mbarrier.arrive(used.index(stage), count=1)
@@ -347,8 +363,8 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
         total = total + partial * alpha[None, :]
         if (at + 1) % CHUNKS == 0 or at + 1 == last:
             tile = at // CHUNKS
-            owner = (((tile * CHUNKS + 1).to(gl.int64) * programs - 1) // (tiles * CHUNKS)).to(gl.int32)
-            where = (tile * slots + program - owner).to(gl.int64) * (TOKENS * ROWS)
+            part = tile * slots + gl.where(tile == first // CHUNKS, slot0, 0)
+            where = part.to(gl.int64) * (TOKENS * ROWS)
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC)) + 64 * GROUP
             offsets = gl.arange(0, TOKENS, layout=COLUMN)[None, :] * ROWS + row[:, None]
             gl.store(parts + where + offsets, total)
@@ -391,14 +407,22 @@ def _factors(scales, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _left(words, factors, GROUP: gl.constexpr, QUARTER: gl.constexpr, ACC: gl.constexpr):
-    """[64, 64] float16 weights, in the registers of the left operand."""
+def _load(words, GROUP: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """The thread's four words of each of COUNT quarters."""
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
-    block = words.slice(2 * GROUP, 2, dim=0).slice(256 * QUARTER, 256, dim=1).load(PAIRS)
-    x = _four(gl.reshape(block, [128, 4]))
+    result = ()
+    for q in gl.static_range(FIRST, FIRST + COUNT):
+        block = words.slice(2 * GROUP, 2, dim=0).slice(256 * q, 256, dim=1).load(PAIRS)
+        result = result + (_four(gl.reshape(block, [128, 4])),)
+    return result
+
+
+@gluon.jit
+def _left(x, factors, ACC: gl.constexpr):
+    """[64, 64] float16 weights, in the registers of the left operand."""
     steps = ()
     for s in gl.static_range(4):
-        d = decode_weights(x[s], factors[QUARTER])
+        d = decode_weights(x[s], factors)
         first = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3]))
         second = gl.join(gl.join(d[4], d[5]), gl.join(d[6], d[7]))
         steps = steps + (gl.join(first, second),)
