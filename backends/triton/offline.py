@@ -58,6 +58,7 @@ def _few(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int])
 
 def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
     has_dense = capability == (9, 0)
+    overlap = capability >= (9, 0)
     experts = dict(EXPERTS=problem.experts, EXPERTS_PADDED=1 << (problem.experts - 1).bit_length())
     swizzled = problem.a_layout == "128x4"
     tiling = dense_tiling(problem.m, problem.n, problem.k)
@@ -66,22 +67,24 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
             plan.gather_tokens, capability,
             dict(a_data=_WORDS, a_scale=_BYTES, alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
                  alpha_t=_FLOATS, gathered=_WORDS, tokens="i32", columns="i32"),
-            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, BLOCK=128, ROWS=8),
+            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, BLOCK=128, ROWS=8, OVERLAP=overlap),
+            launch_pdl=overlap,
         ),
         "fc2_routed": _compile(
             routed.fc2_routed, capability,
             dict(w_data=_WORDS, w_scale=_WORDS, gathered=_WORDS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
                  lists=_WORDS, sums=_FLOATS, tokens="i32", hidden="i32"),
             dict(**experts, INNER=problem.intermediate, SETS=tactic.split, WIDTH=tactic.block_m, WARPS=tactic.num_warps,
-                 STAGES=tactic.num_stages, HAS_DENSE=has_dense),
-            num_warps=tactic.num_warps, maxnreg=prepared.registers(tactic),
+                 STAGES=tactic.num_stages, HAS_DENSE=has_dense, OVERLAP=overlap),
+            num_warps=tactic.num_warps, maxnreg=prepared.registers(tactic), launch_pdl=overlap,
         ),
         "finish": _compile(
             plan.finish, capability,
             dict(sums=_FLOATS, parts=_FLOATS, counts=_WORDS, out="*" + _TRITON_TYPE[problem.out_dtype], tokens="i32",
                  hidden="i32", tiles="i32", token_tiles="i32", programs="i32"),
             dict(**experts, CHUNKS=problem.k // CHUNK, SETS=tactic.split, TOKENS=tiling.tokens, SLOTS=tiling.slots, BLOCK=8,
-                 ROWS=tactic.block_n, PAD=routed.PAD.value, HAS_DENSE=has_dense),
+                 ROWS=tactic.block_n, PAD=routed.PAD.value, HAS_DENSE=has_dense, OVERLAP=overlap),
+            launch_pdl=overlap,
         ),
     }  # fmt: skip
     if has_dense:

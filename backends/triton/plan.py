@@ -28,10 +28,19 @@ def _decode_pair(word, unit, PAIR: tl.constexpr):
     return (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) | low
 
 
+@triton.jit
+def _wait_for_predecessor():
+    """Lets the next kernel of the stream be launched now, and waits until the one before is complete (SM 9.0)."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["tokens", "columns"])
 def gather_tokens(
     a_data, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
     EXPERTS: tl.constexpr, INNER: tl.constexpr, A_SWIZZLED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Per expert (one program each): its tokens in ascending order, their alpha and their decoded activations.
 
@@ -44,6 +53,8 @@ def gather_tokens(
         gathered: int32 [EXPERTS, eights of tokens, INNER / 64 quarters, word 2, token 8, lane t 4, pair 4], float16 pairs
             2^-8 of the values, in the order of the right operand; padding tokens are not written.
     """
+    if OVERLAP:
+        _wait_for_predecessor()
     e = tl.program_id(0)
     width = (tokens + 15) // 16 * 16
     row_of = e.to(tl.int64) * width
@@ -94,7 +105,7 @@ def finish(
     sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNKS: tl.constexpr, SETS: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PAD: tl.constexpr, HAS_DENSE: tl.constexpr,
+    ROWS: tl.constexpr, PAD: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = 65536 times the part sums of whichever main kernel ran, added in a fixed order. 64 columns x BLOCK tokens.
 
@@ -102,6 +113,8 @@ def finish(
         sums: of the routed kernel, float32 [SETS, strips, tokens + PAD, ROWS].
         parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, 128].
     """
+    if OVERLAP:
+        _wait_for_predecessor()
     n = tl.arange(0, 64)
     column = tl.program_id(0)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

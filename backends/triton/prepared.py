@@ -11,6 +11,8 @@ from backends.triton.plan import finish, gather_tokens
 from backends.triton.routed import PAD, fc2_routed
 from backends.triton.tactic import CHUNK, DENSE_ROWS, PASS_TOKENS, TritonTactic, dense_tiling
 
+OVERLAP = True
+
 
 def run(
     problem: Fc2Problem,
@@ -59,6 +61,9 @@ def _gathered(
     sets, width, rows = tactic.split, tactic.block_m, tactic.block_n
     strips = -(-hidden // rows)
     has_dense = problem.capability == (9, 0)
+    # Launching a kernel while the one before runs (programmatic dependent launch). Every kernel launched so waits for
+    # that one before it touches memory.
+    overlap = OVERLAP and problem.capability >= (9, 0)
     tiling = dense_tiling(tokens, hidden, problem.k)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -76,12 +81,14 @@ def _gathered(
 
     gather_tokens[(experts,)](
         words, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
-        EXPERTS=experts, INNER=inner, A_SWIZZLED=a_swizzled, BLOCK=128, ROWS=8, num_warps=4,
+        EXPERTS=experts, INNER=inner, A_SWIZZLED=a_swizzled, BLOCK=128, ROWS=8, OVERLAP=overlap,
+        num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     fc2_routed[(strips, sets)](
         weights, factors, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, SETS=sets, WIDTH=width, WARPS=tactic.num_warps,
-        STAGES=tactic.num_stages, HAS_DENSE=has_dense, num_warps=tactic.num_warps, maxnreg=registers(tactic),
+        STAGES=tactic.num_stages, HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=tactic.num_warps, maxnreg=registers(tactic),
+        launch_pdl=overlap,
     )  # fmt: skip
     if has_dense:
         fc2_dense[(tiling.programs,)](
@@ -92,7 +99,7 @@ def _gathered(
     finish[(-(-hidden // 64), -(-tokens // 8))](
         sums, parts, counts, out, tokens, hidden, tiling.tiles, tiling.token_tiles, tiling.programs,
         EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=problem.k // CHUNK, SETS=sets, TOKENS=tiling.tokens,
-        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, num_warps=4,
+        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ _STORE2 = gl.constexpr(
 def fc2_routed(
     w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr, WIDTH: gl.constexpr,
-    WARPS: gl.constexpr, STAGES: gl.constexpr, HAS_DENSE: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, HAS_DENSE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """16 * WARPS rows of B and every SETS-th item per program; an item is up to WIDTH (8 or 16) tokens of an expert.
 
@@ -39,6 +39,11 @@ def fc2_routed(
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     QUAD: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     CHUNKS: gl.constexpr = INNER // 256
+    if OVERLAP:
+        # Lets the next kernel be launched now, and waits until the one before is complete (SM 9.0).
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1
+        )
     e = gl.arange(0, EXPERTS_PADDED, layout=LINE)
     uses = gl.load(counts + e, mask=e < EXPERTS, other=0)
     if HAS_DENSE:
@@ -108,15 +113,16 @@ def fc2_routed(
         acts = _activation_pointer(lists_of, after, step + SETS, CHUNKS, WIDTH)
         has_token, has_second = _members(after, lane)
         data, factors = _weight_pointers(weights, after, step + SETS, CHUNKS)
-        turned = (_turned(scale[0], half), _turned(scale[1], half), _turned(scale[2], half), _turned(scale[3], half))
-        scale = load4_always(factors)
+        # Small requests first: a warp's loads return in order, and the ones for weights come from memory.
         listed = _listed(lists_of, after, WIDTH)
+        turned = (_turned(scale[0], half), _turned(scale[1], half), _turned(scale[2], half), _turned(scale[3], half))
         if STAGES == 2:
             after = later
-            prefetch(lines + _chunk(after, step + 2 * SETS, CHUNKS) * line_step, has_line)
             later = _item(items, step + 3 * SETS, steps, CHUNKS)
+            prefetch(lines + _chunk(after, step + 2 * SETS, CHUNKS) * line_step, has_line)
         else:
             after = _item(items, step + 2 * SETS, steps, CHUNKS)
+        scale = load4_always(factors)
         following = ()
         b_following = ()
         c_following = ()
