@@ -325,6 +325,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     mbarrier.wait(loaded.index(0), 0)
     factors = _factors(scales.index(0), GROUP)
     # All words of a chunk wait in registers where these suffice: a load from shared memory takes 30 cycles.
+    WAIT_FIRST: gl.constexpr = sizes[7] == 2
     LOADS: gl.constexpr = 4 if TOKENS < 128 else 1
     x = _load(words.index(0), GROUP, 0, LOADS)
     left = _left(x[0], factors[0], ACC)
@@ -335,7 +336,7 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
         phase = (step // STAGES) & 1
         partial = zero
         for q in gl.static_range(4):
-            if q % QUARTERS == 0:
+            if q % QUARTERS == 0 and (q == 0 or not WAIT_FIRST):
                 mbarrier.wait(filled.index(slot * SLICES + q // QUARTERS), phase)
             right = acts.index(slot * SLICES + q // QUARTERS).slice(64 * (q % QUARTERS), 64, dim=1).permute((1, 0))
             partial = warpgroup_mma(left, right, partial, use_acc=q > 0, is_async=True)
@@ -344,6 +345,8 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
                 partial = warpgroup_mma_wait(1, deps=[partial])
                 if q > 0 and q % QUARTERS == 0:
                     mbarrier.arrive(drained.index(slot * SLICES + q // QUARTERS - 1), count=1)
+                if (q + 1) % QUARTERS == 0 and WAIT_FIRST:
+                    mbarrier.wait(filled.index(slot * SLICES + (q + 1) // QUARTERS), phase)
                 if LOADS == 1:
                     left = _left(_load(words.index(stage), GROUP, q + 1, 1)[0], factors[q + 1], ACC)
                 else:
