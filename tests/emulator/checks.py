@@ -67,6 +67,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         w.foreign: dict[int, np.ndarray] = {}
         w.fenced_foreign: dict[int, np.ndarray] = {}
         w.unacquired: list = []
+        w.relaxed_waits: list[np.ndarray] = []
         w.ld_clock = w.st_clock = w.cp_clock = 0
         w.ld_open: dict[int, int] = {}
         w.groups_committed = 0
@@ -206,9 +207,13 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
 
     def barrier_wait(self, w, barrier, relaxed: bool) -> None:
         self._barrier_visible(w, barrier, "mbarrier wait")
-        if not relaxed and barrier.done_clock is not None:
-            join(w.clock, barrier.done_clock)
-            self._learn_foreign(w, barrier)
+        if barrier.done_clock is None:
+            return
+        if relaxed:  # takes effect with the next fence
+            w.relaxed_waits.append(barrier.done_clock)
+            return
+        join(w.clock, barrier.done_clock)
+        self._learn_foreign(w, barrier)
 
     def barrier_arrive(self, w, barrier) -> None:
         barrier.clock = self._release(w, barrier.clock, False)
@@ -233,8 +238,20 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         w.fences["cluster"] = w.clock.copy()
         self._tick(w)
 
+    def thread_sync(self, w, before: bool) -> None:
+        """tcgen05.fence::before_thread_sync and ::after_thread_sync: with them, relaxed arrivals and waits order
+        tcgen05 operations (here: everything)."""
+        if before:
+            self._settle_loads(w)
+            w.fences["cluster"] = w.clock.copy()
+            self._tick(w)
+        for clock in w.relaxed_waits:
+            join(w.clock, clock)
+        w.relaxed_waits.clear()
+
     def fence(self, w, scope: str) -> None:
         self._settle_loads(w)
+        self.thread_sync(w, False)
         for found in w.unacquired:  # relaxed atomics before an acquire fence
             self._acquire(w, found)
         w.unacquired.clear()

@@ -187,6 +187,7 @@ def wait(e, instr: Instr) -> None:
 @op("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
 def fence(e, instr: Instr) -> None:
     modifiers(instr, 2, set())
+    e.line(f"if w.check: w.check.thread_sync(w, {'before' in instr.parts[1]})")
 
 
 # -- tensor pipe -------------------------------------------------------------------------------------------
