@@ -75,48 +75,40 @@ def few(a, wd, ws, alpha, out, lists, BLOCKS, GROUPS, DEPTH, n=N, k=K, e=E):
     fc2_few[(-(-n // (32 * BLOCKS)),)](a.data.view(torch.int32), a.scale, wd.view(torch.int32), ws.view(torch.int32), alpha, out, lists, m, n,
         EXPERTS=e, INNER=k // e, A_SWIZZLED=a.layout == "128x4", BLOCKS=BLOCKS, GROUPS=GROUPS, DEPTH=DEPTH, num_warps=4 * GROUPS)
 
-from backends.triton.plan import list_tokens, gather_tokens, sum_sets
+from backends.triton.plan import gather_tokens, finish
 from backends.triton.routed import fc2_routed
-
-class Work:
-    def __init__(self, m, n, k, e, sets):
-        i32 = dict(dtype=torch.int32, device=dev)
-        self.counts = torch.empty(e, **i32); self.active = torch.empty(e + 1, **i32)
-        self.token_of = torch.empty(e, m, **i32); self.weight_of = torch.empty(e, m, device=dev); self.alpha_t = torch.empty(e, m, device=dev)
-        self.gathered = torch.empty(m * k // 2, **i32)
-        self.tiles = -(-n // 64); self.sums = torch.empty(sets, self.tiles, m, 64, device=dev)
+from backends.triton.dense import fc2_dense
 
 def np2(x): return 1 << max(0, x - 1).bit_length()
 
-def plan(a, alpha, w, k, e, rows=8):
-    m = alpha.shape[0]
-    list_tokens[(e,)](alpha, w.counts, w.token_of, w.weight_of, w.alpha_t, m, EXPERTS=e, BLOCK=max(32, min(512, np2(m))), num_warps=4 if m > 128 else 1)
-    gather_tokens[(e + 1,)](a.data.view(torch.int32), a.scale, w.counts, w.token_of, w.active, w.gathered, m, EXPERTS=e, EXPERTS_PADDED=np2(e),
-        INNER=k // e, A_SWIZZLED=a.layout == "128x4", ROWS=rows, num_warps=4)
+class Work:
+    def __init__(self, m, n, k, e, sets=4, T=64, occ=1, W=8, maxnreg=0):
+        i32 = dict(dtype=torch.int32, device=dev)
+        self.sets, self.T, self.W, self.maxnreg = sets, T, W, maxnreg
+        self.columns = -(-m // 128) * 128; wide = -(-m // 16) * 16
+        self.counts = torch.empty(e, **i32)
+        self.token_of = torch.full((e * wide,), 99999999, **i32); self.weight_of = torch.empty(e * wide, device=dev)
+        self.alpha_t = torch.empty(e, self.columns, device=dev)
+        self.gathered = torch.empty(wide * k // 2, **i32)
+        self.col = -(-n // 64); self.sums = torch.full((sets, self.col, m, 64), float("nan"), device=dev)
+        self.lists = torch.empty(sets * self.col * e * -(-m // W), **i32)
+        self.tt = -(-m // T); self.tiles = -(-n // 128) * self.tt; C = k // 256
+        self.programs = min(132 * occ, self.tiles * C)
+        self.slots = -(-self.programs // self.tiles) + 1
+        self.parts = torch.empty(self.tiles * self.slots * T * 128, device=dev)
 
-def routed(a, wd, ws, alpha, out, w, sets, n=N, k=K, e=E, stage=9):
-    m = alpha.shape[0]
-    plan(a, alpha, w, k, e)
+def call(a, wd, ws, alpha, out, w, n=N, k=K, e=E, stage=9, mode=3, block=8, rows=8):
+    m = alpha.shape[0]; ad = a.data.view(torch.int32); wd = wd.view(torch.int32); ws = ws.view(torch.int32); sw = a.layout == "128x4"; i = k // e
+    gather_tokens[(e,)](ad, a.scale, alpha, w.counts, w.token_of, w.weight_of, w.alpha_t, w.gathered, m, w.columns, EXPERTS=e, INNER=i, A_SWIZZLED=sw,
+        BLOCK=128, ROWS=rows, num_warps=4)
     if stage < 1: return
-    fc2_routed[(w.tiles, sets)](wd.view(torch.int32), ws.view(torch.int32), w.gathered, w.counts, w.active, w.token_of, w.weight_of, w.sums, m,
-        EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=k // e, SETS=sets, num_warps=4)
+    if mode & 1:
+        fc2_routed[(w.col, w.sets)](wd, ws, w.gathered, w.counts, w.token_of, w.weight_of, w.lists, w.sums, m, n,
+            EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=i, SETS=w.sets, WIDTH=w.W, HAS_DENSE=True, num_warps=4, **({"maxnreg": w.maxnreg} if w.maxnreg else {}))
     if stage < 2: return
-    rows = 16
-    sum_sets[(w.tiles, -(-m // rows))](w.sums, w.counts, out, m, n, w.tiles, EXPERTS=e, EXPERTS_PADDED=np2(e), SETS=sets, ROWS=rows, num_warps=4)
-
-from backends.triton.plan import sum_slots
-from backends.triton.dense import fc2_dense
-
-def dense(a, wd, ws, alpha, out, w, T, W, occ, n=N, k=K, e=E, stage=9):
-    m = alpha.shape[0]
-    list_tokens[(e,)](alpha, w.counts, w.token_of, w.weight_of, w.alpha_t, m, EXPERTS=e, BLOCK=max(32, min(512, np2(m))), num_warps=4 if m > 128 else 1)
-    if stage < 1: return
-    rows = 16 * W; tt = -(-m // T); tiles = -(-n // rows) * tt; C = k // 256
-    programs = min(132 * occ, tiles * C)
-    slots = -(-C * programs // (tiles * C)) + 1
-    need = tiles * slots * T * rows
-    if getattr(w, "parts", None) is None or w.parts.numel() < need: w.parts = torch.empty(need, device=dev)
-    fc2_dense[(programs,)](a.data.view(torch.int32), a.scale, wd.view(torch.int32), ws.view(torch.int32), w.alpha_t, w.counts, w.parts, m, tiles,
-        EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=k // e, A_SWIZZLED=a.layout == "128x4", TOKENS=T, SLOTS=slots, WARPS=W, num_warps=W)
-    if stage < 2: return
-    sum_slots[(tiles, T // 8)](w.parts, w.counts, out, m, n, tiles, tt, programs, EXPERTS=e, EXPERTS_PADDED=np2(e), CHUNKS=C, TOKENS=T, ROWS=rows, SLOTS=slots, BLOCK=8, num_warps=4)
+    if mode & 2:
+        fc2_dense[(w.programs,)](ad, a.scale, wd, ws, w.alpha_t, w.counts, w.parts, m, w.columns, w.tiles, -(-n // 128) * 4,
+            EXPERTS=e, EXPERTS_PADDED=np2(e), INNER=i, A_SWIZZLED=sw, TOKENS=w.T, SLOTS=w.slots, WARPS=8, num_warps=8)
+    if stage < 3: return
+    finish[(w.col, -(-m // block))](w.sums, w.parts, w.counts, out, m, n, w.tiles, w.tt, w.programs, EXPERTS=e, EXPERTS_PADDED=np2(e), CHUNKS=k // 256,
+        SETS=w.sets, TOKENS=w.T, SLOTS=w.slots, BLOCK=block, HAS_DENSE=True, num_warps=4)
