@@ -20,6 +20,7 @@ from .memory import DYNAMIC_SMEM_OFFSET, OFFSET_MASK, PARAM_WINDOW, RANK_SHIFT, 
 from .report import Deadlock, EmulatorError, Fault
 from .tmem import TensorMemory
 from .translate import Program
+from .values import LANES
 from .warp import DONE, READY, WAITING, Warp
 
 _QUANTUM = 256  # blocks a warp runs before another gets a turn
@@ -134,6 +135,7 @@ class Machine:
         self.schedule, self.seed, self.num_sms, self.checks = schedule, seed, num_sms, checks
         self.rng = random.Random(seed)
         self.ticks = 0
+        self.thread_indices: dict[tuple[int, int], object] = {}
         self.counters: Counter = Counter()
         self.high_water: Counter = Counter()
         self.unordered: list = []
@@ -161,6 +163,16 @@ class Machine:
         from .checks import Checker
 
         return Checker(cluster)
+
+    def thread_index(self, warp: int, axis: int):
+        """%tid of a warp's lanes, the same in every CTA."""
+        key = warp, axis
+        if key not in self.thread_indices:
+            linear = warp * 32 + LANES
+            bx, by, _bz = self.launch.block
+            value = (linear % bx, linear // bx % by, linear // (bx * by))[axis]
+            self.thread_indices[key] = int(value[0]) if (value == value[0]).all() else value
+        return self.thread_indices[key]
 
     def _place_symbols(self) -> None:
         kernel = self.program.kernel

@@ -163,10 +163,10 @@ def shared_load(w, address, size, count, signed, cls, mask):
         return [_present_scalar(view[at + i], size, signed, cls) for i in range(count)]
     address = _active_addresses(address.astype(np.int64), mask)
     out = None
-    for rank, chosen in _by_rank(address):
+    for rank, chosen, low, high in _by_rank(address):
         smem = cluster.smem(rank)
         offset = (address if chosen is None else address[chosen]) & OFFSET_MASK
-        _check_lanes(smem, offset, step, "load")
+        _check_lanes(smem, offset, low, high, step, "load")
         if w.check:
             w.check.shared_read_lanes(w, rank, offset, step)
         got = smem.views[size][(offset // size)[:, None] + np.arange(count)]
@@ -202,11 +202,11 @@ def shared_store(w, address, values, size, mask):
     data = np.empty((len(lanes), count), _DTYPES[size])
     for i, v in enumerate(values):
         data[:, i] = v[lanes].astype(_DTYPES[size]) if type(v) is _ndarray else v & (1 << 8 * size) - 1
-    for rank, chosen in _by_rank(address):
+    for rank, chosen, low, high in _by_rank(address):
         smem = cluster.smem(rank)
         offset = (address if chosen is None else address[chosen]) & OFFSET_MASK
         part = data if chosen is None else data[chosen]
-        _check_lanes(smem, offset, step, "store")
+        _check_lanes(smem, offset, low, high, step, "store")
         at = (offset // size)[:, None] + np.arange(count)
         if w.check:
             w.check.shared_write_lanes(w, rank, offset, step, lambda: smem.views[size][at] == part)
@@ -214,22 +214,23 @@ def shared_store(w, address, values, size, mask):
 
 
 def _by_rank(address: np.ndarray):
-    """Split per-lane shared addresses by CTA; (rank, None) when there is only one."""
+    """Split per-lane shared addresses by CTA: (rank, lanes or None for all, lowest and highest offset)."""
+    low, high = int(address.min()), int(address.max())
+    if low >> RANK_SHIFT == high >> RANK_SHIFT:
+        yield low >> RANK_SHIFT, None, low & OFFSET_MASK, high & OFFSET_MASK
+        return
     ranks = address >> RANK_SHIFT
-    first = int(ranks[0])
-    if (ranks == first).all():
-        yield first, None
-    else:
-        for rank in np.unique(ranks).tolist():
-            yield rank, np.flatnonzero(ranks == rank)
+    for rank in np.unique(ranks).tolist():
+        chosen = np.flatnonzero(ranks == rank)
+        offsets = address[chosen] & OFFSET_MASK
+        yield rank, chosen, int(offsets.min()), int(offsets.max())
 
 
-def _check_lanes(smem: SharedMemory, offset: np.ndarray, step: int, what: str) -> None:
+def _check_lanes(smem: SharedMemory, offset: np.ndarray, low: int, high: int, step: int, what: str) -> None:
     if step > 1 and (offset & step - 1).any():
         _check_alignment(int(offset[(offset & step - 1) != 0][0]), step, f"shared {what}")
-    low, high = int(offset.min()), int(offset.max()) + step
-    if low < DYNAMIC_SMEM_OFFSET or high > smem.end:
-        smem.check(low, high, what)
+    if low < DYNAMIC_SMEM_OFFSET or high + step > smem.end:
+        smem.check(low, high + step, what)
 
 
 def global_load(w, address, size, count, signed, cls, mask):

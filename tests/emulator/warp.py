@@ -242,10 +242,7 @@ class Warp:
         register, _, axis = name.partition(".")
         a = "xyz".find(axis) if axis else 0
         if register == "tid":
-            linear = self.index * 32 + LANES
-            bx, by, bz = launch.block
-            value = (linear % bx, linear // bx % by, linear // (bx * by))[a]
-            return int(value[0]) if (value == value[0]).all() else value
+            return self.machine.thread_index(self.index, a)
         if register == "laneid":
             return LANES
         if register == "SP" or register == "SPL":
