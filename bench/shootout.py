@@ -128,9 +128,10 @@ def _weight_forms(b: Nvfp4Tensor, options: Options, info: DeviceInfo) -> dict[st
     names = [name for name in options.backends if registry.get(name).is_supported(info)]
     prepared = {}
     for name in names:
-        operand = registry.get(name).prepare(b)
-        if operand is not b:
-            prepared[operand.layout] = name
+        plain = Fc2Problem(1, *b.shape, options.shape.experts, b_layout=b.layout, capability=info.capability)
+        layout = registry.get(name).prepared_layout(plain)
+        if layout:
+            prepared[layout] = name
     count = options.copies or _copies(b, len(prepared), "torch" in names, options)
     forms: dict[str, list[Operand]] = {b.layout: [b, *(copy_operand(b) for _ in range(count - 1))]}
     for layout, name in prepared.items():

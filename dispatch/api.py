@@ -1,6 +1,7 @@
 """The public calls: `fc2` and what goes with it."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -8,10 +9,11 @@ import torch
 from backends import registry
 from backends.device import DeviceInfo
 from backends.interface import Operand, Support
-from backends.operand import Nvfp4Tensor
+from backends.operand import BLOCK, Nvfp4Tensor
 from backends.problem import Fc2Problem
 from dispatch.arguments import check_operands, check_out
 from dispatch.choice import Decision, TacticLike, choose
+from dispatch.errors import ArgumentError
 from dispatch.execute import decide, run_fc2
 from dispatch.library import traced_fc2
 
@@ -58,20 +60,38 @@ def fc2(
     return run_fc2(a, b, alpha, backend, out_dtype, out, tactic)
 
 
-def prepare(b: Nvfp4Tensor, backend: str = "auto") -> Operand:
+def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto") -> Operand:
     """Weights in the order the backend reads fastest; do it once, at load.
 
     Args:
         b: weights [N, K].
+        experts: E, the columns of the alpha that will go with them.
         backend: the one that will run them; "auto" takes the first that can run on b's device.
 
     Returns:
-        An operand for `fc2` that only that backend reads (`backends.get(name).unprepare` is the exact inverse), or b
-        itself where the backend has no better order. It holds copies: drop b to free its memory.
+        An operand for `fc2`, or b itself where the backend has no better order. One that `b.layout` marks as
+        "backend/form" can be read by that backend only, and `backends.get(name).unprepare` is the exact inverse. It
+        holds copies: drop b to free its memory.
+
+    Raises:
+        ArgumentError: unknown backend, or K is not a multiple of 16 * experts.
+        UnavailableError: the named backend cannot run these weights on this device.
     """
+    if b.shape[1] % (BLOCK * experts):
+        raise ArgumentError(f"b has K = {b.shape[1]}, which is not a multiple of {BLOCK} * experts = {BLOCK * experts}")
     device = DeviceInfo.of(b.device)
-    problem = Fc2Problem(1, *b.shape, 1, b_layout=b.layout, device_type=device.type, capability=device.capability)
-    return registry.get(choose(problem, device, backend=backend).backend).prepare(b)
+    plain = Fc2Problem(1, *b.shape, experts, b_layout=b.layout, device_type=device.type, capability=device.capability)
+    if backend not in ("auto", *registry.names()):
+        choose(plain, device, backend=backend)  # raises
+    for name in registry.names() if backend == "auto" else [backend]:
+        chosen = registry.get(name)
+        layout = chosen.prepared_layout(plain) or plain.b_layout
+        ready = replace(plain, b_layout=layout)
+        support = chosen.is_automatic(device) if backend == "auto" else chosen.is_supported(device)
+        if support and chosen.can_implement(ready, chosen.default_tactic(ready)):
+            return chosen.prepare(b) if layout != b.layout else b
+    choose(plain, device, backend=backend)  # raises with the reasons, unless the plain form runs
+    return b
 
 
 def backends(device: Optional[torch.device | str] = None) -> dict[str, Support]:

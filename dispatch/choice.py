@@ -308,7 +308,7 @@ def choose(
         alpha=taken.estimate.alpha if taken.estimate else evidence.alpha,
         candidates=(taken, *others, *rejected),
         notes=_notes(taken, source, problem, measured),
-        warning=_warning(taken, problem, rejected),
+        warning=_warning(taken, problem, device, rejected),
     )
 
 
@@ -493,14 +493,17 @@ def _notes(taken: Candidate, source: str, problem: Fc2Problem, measured: Measure
     return tuple(notes)
 
 
-def _warning(taken: Candidate, problem: Fc2Problem, rejected: list[Candidate]) -> str:
+def _warning(taken: Candidate, problem: Fc2Problem, device: DeviceInfo, rejected: list[Candidate]) -> str:
     if problem.device_type != "cuda":
         return ""
-    backend = registry.get(taken.backend)
-    if "/" not in problem.b_layout and backend.prepared_layout(problem):
+    lost = [c.backend for c in rejected if c.tactic is None]
+    for name in (*lost, taken.backend):
+        backend = registry.get(name)
+        if "/" in problem.b_layout or not backend.is_automatic(device) or not backend.prepared_layout(problem):
+            continue
         return (
-            f"b is not prepared, and backend {taken.backend!r} reads prepared weights much faster: "
-            "call b = dispatch.prepare(b) once, at load"
+            f"b is not prepared, and backend {name!r} needs or runs much faster with prepared weights: "
+            "call b = dispatch.prepare(b, experts) once, at load"
         )
     if taken.backend == "torch" and rejected:
         reasons = "; ".join(f"{c.backend}: {c.rejected}" for c in rejected if c.tactic is None)

@@ -423,8 +423,9 @@ def test_settings_by_value():
 
 def test_unprepared_weights_are_told_about_on_a_gpu():
     decision = choose(problem(16, H200), H200)
-    prepares = type(TRITON).prepare is not dispatch.Fc2Backend.prepare
-    assert ("dispatch.prepare(b)" in decision.warning) == prepares
+    assert "backend 'triton'" in decision.warning and "dispatch.prepare(b, experts)" in decision.warning
+    assert "backend 'cute'" in choose(replace(problem(16, B200), b_layout="linear"), B200).warning
+    assert choose(problem(16, B200), B200).warning == ""
     assert choose(problem(16, CPU), CPU).warning == ""
 
 

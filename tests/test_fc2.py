@@ -159,9 +159,41 @@ def test_backends_lists_all_with_reasons():
     assert listed["torch"].ok and not listed["cute"].ok and listed["cute"].reason
 
 
+def test_prepare_makes_what_the_device_would_run(monkeypatch):
+    """The decision alone, for GPUs that are not here: the layouts asked for, by number of experts."""
+    made = []
+    for name in ("cute", "triton"):
+        backend = backends.get(name)
+        monkeypatch.setattr(type(backend), "prepare", lambda self, b: made.append(self.name) or b)
+        monkeypatch.setattr(type(backend), "is_supported", lambda self, device: SUPPORTED)
+    _, linear = make_operands(1, 64, 6 * 256, seed=0, layout="linear")
+    _, swizzled = make_operands(1, 64, 6 * 256, seed=0)
+    for gpu, b, experts, expected in (
+        ((10, 0), linear, 6, ["cute"]),
+        ((10, 0), swizzled, 6, []),
+        ((9, 0), swizzled, 6, ["triton"]),
+        ((9, 0), swizzled, 4, []),  # 384 weights per expert are no multiple of the prepared form's 256
+    ):
+        device = DeviceInfo("cuda", "gpu", gpu, 132)
+        monkeypatch.setattr("dispatch.api.DeviceInfo.of", lambda _, device=device: device)
+        made.clear()
+        dispatch.prepare(b, experts)
+        assert made == expected, (gpu, b.layout, experts)
+
+
+def test_prepare_refuses():
+    _, b = make_operands(1, 16, 96, seed=0)
+    with pytest.raises(dispatch.ArgumentError, match="K = 96, which is not a multiple of 16 . experts = 64"):
+        dispatch.prepare(b, 4)
+    with pytest.raises(dispatch.ArgumentError, match="backend is 'x'; known: auto"):
+        dispatch.prepare(b, 2, "x")
+    with pytest.raises(dispatch.UnavailableError, match="backend 'cute' cannot run"):
+        dispatch.prepare(b, 2, "cute")
+
+
 def test_prepare_gives_the_operand_itself_where_nothing_is_faster():
     _, b = make_operands(1, 16, 32, seed=0)
-    assert dispatch.prepare(b) is b and backends.get("torch").unprepare(b) is b
+    assert dispatch.prepare(b, 1) is b and dispatch.prepare(b, 1, "torch") is b and backends.get("torch").unprepare(b) is b
     with pytest.raises(TypeError, match="belongs to 'triton'"):
         backends.get("torch").unprepare(PreparedOperand("triton", "x", b.shape, b.data, b.scale))
 

@@ -114,6 +114,9 @@ class CuteBackend(Fc2Backend):
         """B with "128x4" scale factors, the plain layout that TMA loads; b itself where it has them."""
         return b.to_layout("128x4")
 
+    def prepared_layout(self, problem: Fc2Problem) -> str:
+        return "128x4" if problem.b_layout == "linear" else ""
+
     def _counters(self, device: torch.device, stream: int, tiles: int) -> torch.Tensor:
         """Zeroed int32 counters that no call running at the same time uses."""
         if torch.cuda.is_current_stream_capturing():
