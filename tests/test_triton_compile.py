@@ -11,7 +11,7 @@ from backends.triton.offline import compile_for  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 #: The kernels that multiply, and the tensor core instruction each is written for.
-MULTIPLIES = {"fc2_tiled": "mma", "fc2_few": "mma.sync", "fc2_routed": "mma.sync", "fc2_dense": "wgmma"}
+MULTIPLIES = {"fc2_tiled": "mma", "fc2_few": "mma.sync", "fc2_routed": "mma.sync", "fc2_warpgroup": "wgmma"}
 
 
 def _check(problem, capability):

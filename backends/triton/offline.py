@@ -8,7 +8,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from backends.problem import Fc2Problem
-from backends.triton import dense, few, plan, prepared, routed, tiled
+from backends.triton import few, plan, prepared, routed, tiled, warpgroup
 from backends.triton.tactic import CHUNK, TritonTactic, dense_tiling
 
 _TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -83,17 +83,22 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
             dict(sums=_FLOATS, parts=_FLOATS, counts=_WORDS, out="*" + _TRITON_TYPE[problem.out_dtype], tokens="i32",
                  hidden="i32", tiles="i32", token_tiles="i32", programs="i32"),
             dict(**experts, CHUNKS=problem.k // CHUNK, SETS=tactic.split, TOKENS=tiling.tokens, SLOTS=tiling.slots, BLOCK=8,
-                 ROWS=tactic.block_n, PAD=routed.PAD.value, HAS_DENSE=has_dense, OVERLAP=overlap),
+                 ROWS=tactic.block_n, PAD=routed.PAD.value, DENSE_ROWS=tiling.rows, HAS_DENSE=has_dense, OVERLAP=overlap),
             launch_pdl=overlap,
         ),
     }  # fmt: skip
     if has_dense:
-        kernels["fc2_dense"] = _compile(
-            dense.fc2_dense, capability,
-            dict(a_data=_WORDS, a_scale=_BYTES, w_data=_WORDS, w_scale=_WORDS, alpha_t=_FLOATS, counts=_WORDS,
-                 parts=_FLOATS, tokens="i32", columns="i32", tiles="i32", rows32="i32"),
-            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tiling.tokens, SLOTS=tiling.slots, WARPS=8),
-            num_warps=8,
+        kernels["pack_activations"] = _compile(
+            warpgroup.pack_activations, capability,
+            dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, packed=_WORDS, units=_WORDS, tokens="i32", columns="i32"),
+            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tiling.tokens),
+        )  # fmt: skip
+        kernels["fc2_warpgroup"] = _compile(
+            warpgroup.fc2_warpgroup, capability,
+            dict(packed=_WORDS, units=_WORDS, w_data=_WORDS, w_scale=_WORDS, alpha_t=_FLOATS, counts=_WORDS, parts=_FLOATS,
+                 tokens="i32", tiles="i32", slots="i32", blocks="i32"),
+            dict(**experts, INNER=problem.intermediate, TOKENS=tiling.tokens, CONSUMERS=tiling.rows // 64,
+                 PRODUCERS=tiling.producers, STAGES=tiling.stages, COPY_STAGES=tiling.copy_stages, REGISTERS=tiling.registers),
         )  # fmt: skip
     return kernels
 

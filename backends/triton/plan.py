@@ -105,13 +105,13 @@ def finish(
     sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNKS: tl.constexpr, SETS: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PAD: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, PAD: tl.constexpr, DENSE_ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = 65536 times the part sums of whichever main kernel ran, added in a fixed order. 64 columns x BLOCK tokens.
 
     Args:
         sums: of the routed kernel, float32 [SETS, strips, tokens + PAD, ROWS].
-        parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, 128].
+        parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, DENSE_ROWS].
     """
     if OVERLAP:
         _wait_for_predecessor()
@@ -120,15 +120,16 @@ def finish(
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (m < tokens)[:, None] & (column * 64 + n < hidden)[None, :]
     if is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, HAS_DENSE):
-        tile = (column // 2) * token_tiles + tl.program_id(1) * BLOCK // TOKENS
+        tile = (column * 64 // DENSE_ROWS) * token_tiles + tl.program_id(1) * BLOCK // TOKENS
         # Program p computed units p * units // programs and on: the tile's first and last units tell its programs.
         units = tiles.to(tl.int64) * CHUNKS
         first = ((tile.to(tl.int64) * CHUNKS + 1) * programs - 1) // units
         last = ((tile.to(tl.int64) + 1) * CHUNKS * programs - 1) // units
-        where = tile.to(tl.int64) * (SLOTS * TOKENS * 128) + (m % TOKENS)[:, None] * 128 + (column % 2) * 64 + n[None, :]
+        row = column * 64 % DENSE_ROWS + n
+        where = tile.to(tl.int64) * (SLOTS * TOKENS * DENSE_ROWS) + (m % TOKENS)[:, None] * DENSE_ROWS + row[None, :]
         total = tl.full((BLOCK, 64), 0.0, tl.float32)
         for slot in range(0, (last - first + 1).to(tl.int32)):
-            total += tl.load(parts + where + slot * (TOKENS * 128), mask=inside, other=0.0)
+            total += tl.load(parts + where + slot * (TOKENS * DENSE_ROWS), mask=inside, other=0.0)
     else:
         # The routed kernel keeps rows g and g + 8 of each 16 side by side: read in its order, then take the pairs apart.
         strips = (tl.num_programs(0) * 64 + ROWS - 1) // ROWS

@@ -5,11 +5,11 @@ import torch
 
 from backends.operand import Nvfp4Tensor, PreparedOperand, round_up
 from backends.problem import Fc2Problem
-from backends.triton.dense import fc2_dense
 from backends.triton.few import fc2_few
 from backends.triton.plan import finish, gather_tokens
 from backends.triton.routed import PAD, fc2_routed
-from backends.triton.tactic import CHUNK, DENSE_ROWS, PASS_TOKENS, TritonTactic, dense_tiling
+from backends.triton.tactic import CHUNK, PASS_TOKENS, TritonTactic, dense_tiling
+from backends.triton.warpgroup import fc2_warpgroup, pack_activations
 
 OVERLAP = True
 
@@ -56,7 +56,7 @@ def _gathered(
 ) -> None:
     tokens, hidden, experts, inner = out.shape[0], problem.n, problem.experts, problem.intermediate
     device = out.device
-    columns, wide = round_up(tokens, 128), round_up(tokens, 16)
+    wide = round_up(tokens, 16)
     padded = 1 << (experts - 1).bit_length()
     sets, width, rows = tactic.split, tactic.block_m, tactic.block_n
     strips = -(-hidden // rows)
@@ -65,6 +65,7 @@ def _gathered(
     # that one before it touches memory.
     overlap = OVERLAP and problem.capability >= (9, 0)
     tiling = dense_tiling(tokens, hidden, problem.k)
+    columns = tiling.token_tiles * tiling.tokens
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -77,7 +78,9 @@ def _gathered(
     gathered = scratch(experts, wide, inner // 2, dtype=torch.int32)
     lists = scratch(sets, strips, experts * -(-tokens // width), dtype=torch.int32)
     sums = scratch(sets, strips, tokens + PAD.value, rows)
-    parts = scratch(tiling.tiles if has_dense else 0, tiling.slots, tiling.tokens, DENSE_ROWS)
+    parts = scratch(tiling.tiles if has_dense else 0, tiling.slots, tiling.tokens, tiling.rows)
+    packed = scratch(problem.k // 8 if has_dense else 0, columns, dtype=torch.int32)
+    units = scratch(problem.k // 64 if has_dense else 0, columns, dtype=torch.int32)
 
     gather_tokens[(experts,)](
         words, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
@@ -91,15 +94,22 @@ def _gathered(
         launch_pdl=overlap,
     )  # fmt: skip
     if has_dense:
-        fc2_dense[(tiling.programs,)](
-            words, a_scale, weights, factors, alpha_t, counts, parts, tokens, columns, tiling.tiles, round_up(hidden, 128) // 32,
-            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, TOKENS=tiling.tokens,
-            SLOTS=tiling.slots, WARPS=8, num_warps=8,
+        pack_activations[(problem.k // 64, -(-columns // 128))](
+            words, a_scale, counts, packed, units, tokens, columns,
+            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, TOKENS=tiling.tokens, num_warps=4,
+        )  # fmt: skip
+        fc2_warpgroup[(tiling.programs,)](
+            packed, units, weights, factors, alpha_t, counts, parts, tokens, tiling.tiles, tiling.slots,
+            round_up(hidden, 128) // 32,
+            EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, TOKENS=tiling.tokens, CONSUMERS=tiling.rows // 64,
+            PRODUCERS=tiling.producers, STAGES=tiling.stages, COPY_STAGES=tiling.copy_stages, REGISTERS=tiling.registers,
+            num_warps=4,
         )  # fmt: skip
     finish[(-(-hidden // 64), -(-tokens // 8))](
         sums, parts, counts, out, tokens, hidden, tiling.tiles, tiling.token_tiles, tiling.programs,
         EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=problem.k // CHUNK, SETS=sets, TOKENS=tiling.tokens,
-        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, DENSE_ROWS=tiling.rows,
+        HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
 
 

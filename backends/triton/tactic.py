@@ -134,19 +134,25 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic) -> Support:
 
 
 class DenseTiling(NamedTuple):
-    """How the dense kernel of form "gathered" divides a call: see `dense.fc2_dense`."""
+    """How the dense kernel of form "gathered" divides a call: see `warpgroup.fc2_warpgroup`."""
 
     tokens: int  # per tile
+    rows: int  # of B per tile: 64 for each group of 4 warps that multiplies
     token_tiles: int
     tiles: int
     programs: int
     slots: int  # most programs that share a tile
+    producers: int  # groups of 4 warps that decode activations
+    stages: int  # chunks of decoded activations in shared memory
+    copy_stages: int  # chunks of weights and packed activations in shared memory
+    registers: int  # of a thread that multiplies
 
 
 #: Tokens per pass of the "gathered" form: bounds its scratch memory (at most 0.2 GB at N = 7168, K = 65536).
 PASS_TOKENS = 512
-#: Rows of B per tile of the dense kernel.
-DENSE_ROWS = 128
+# Tokens per tile of the dense kernel -> rows, producers, stages, copy_stages, registers: the best measured of those that
+# shared memory (227 KB) and 65,536 registers hold without spills.
+_DENSE = {16: (256, 1, 2, 5, 104), 32: (256, 1, 2, 4, 104), 64: (128, 2, 2, 5, 168), 128: (128, 2, 1, 4, 200)}
 # Programs of the dense kernel: one per multiprocessor of an H100 or H200. They decide the order of additions, hence a
 # constant and not a property of the device.
 _DENSE_PROGRAMS = 132
@@ -154,11 +160,12 @@ _DENSE_PROGRAMS = 132
 
 def dense_tiling(tokens: int, hidden: int, k: int) -> DenseTiling:
     """The tiling for one pass of up to `PASS_TOKENS` tokens."""
-    width = min(64, max(16, _next_power_of_two(tokens)))
+    width = min(128, max(16, _next_power_of_two(tokens)))
+    rows, *resources = _DENSE[width]
     token_tiles = -(-tokens // width)
-    tiles = -(-hidden // DENSE_ROWS) * token_tiles
+    tiles = -(-hidden // rows) * token_tiles
     programs = min(_DENSE_PROGRAMS, tiles * (k // CHUNK))
-    return DenseTiling(width, token_tiles, tiles, programs, -(-programs // tiles) + 1)
+    return DenseTiling(width, rows, token_tiles, tiles, programs, -(-programs // tiles) + 1, *resources)
 
 
 def specialization(problem: Fc2Problem, tactic: TritonTactic) -> tuple:
