@@ -107,8 +107,10 @@ def test_the_budget_is_kept_and_what_was_not_reached_is_no_failure(stub):
     began = time.monotonic()
     report = quiet(PROBLEM, ms=[1, 2], backends=["stub"], budget_s=8)
     assert time.monotonic() - began < 8 + tune.GRACE_SECONDS + 3
-    assert len(report.left) == 2 and not report.entries
-    assert "2 not reached (run again to go on)" in str(report)
+    # A slow machine may measure the first point with the one tactic that it had time for, before the one that hangs.
+    assert report.left and len(report.left) + len(report.done) == 2
+    assert all(entry.seconds is not None for entry in report.entries)
+    assert f"{len(report.left)} not reached (run again to go on)" in str(report)
 
 
 def test_operands_name_the_problem_and_torch_alone_suffices():
