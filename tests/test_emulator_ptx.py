@@ -5,40 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .emulator import Deadlock, Fault, PtxError, Race, emulate_ptx
-from .emulator.report import LaunchReport
-from .emulator.samples import HEADER, wait
+from .emulator import Deadlock, Fault, PtxError, Race
+from .emulator.samples import STORE, ints, run, wait
 
 SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 3), ("random", 4)]
 every_schedule = pytest.mark.parametrize("schedule,seed", SCHEDULES)
-
-DECLARATIONS = """
-    .reg .pred %p<8>, %done;
-    .reg .b16 %h<8>;
-    .reg .b32 %r<160>;
-    .reg .f32 %f<32>;
-    .reg .b64 %d<32>;
-    .reg .b128 %q;
-"""
-
-
-def kernel(body: str, params: str = ".param .u64 out") -> str:
-    return HEADER + f".visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
-
-
-def run(body: str, *args: object, params: str = ".param .u64 out", **options: object) -> LaunchReport:
-    return emulate_ptx(kernel(body, params), "k", args, **options)
-
-
-def ints(count: int) -> torch.Tensor:
-    return torch.full((count,), -1, dtype=torch.int32)
-
-
-STORE = """
-    ld.param.u64 %d0, [out];
-    mov.u32 %r0, %tid.x;
-    mad.wide.u32 %d1, %r0, 4, %d0;
-    st.global.u32 [%d1], %r1;"""
 
 
 class TestArithmeticAndControl:

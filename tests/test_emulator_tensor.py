@@ -8,9 +8,9 @@ import torch
 
 from .emulator import Fault, Race, emulate_ptx
 from .emulator.numerics import decode_table
-from .emulator.samples import F32, LOAD, U16, aligned, regs, tensor_map, wait
+from .emulator.samples import F32, LOAD, STORE, U16, ints, kernel, run, aligned, regs, tensor_map, wait
 
-from .test_emulator_ptx import every_schedule, ints, kernel, run, STORE
+from .test_emulator_ptx import every_schedule
 
 
 def tma_round_trip(rank: int) -> str:

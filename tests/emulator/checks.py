@@ -239,8 +239,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         self._tick(w)
 
     def thread_sync(self, w, before: bool) -> None:
-        """tcgen05.fence::before_thread_sync and ::after_thread_sync: with them, relaxed arrivals and waits order
-        tcgen05 operations (here: everything)."""
+        """tcgen05.fence::before_thread_sync and ::after_thread_sync: with them, relaxed arrivals and waits
+        order tcgen05 operations (here: everything)."""
         if before:
             self._settle_loads(w)
             w.fences["cluster"] = w.clock.copy()

@@ -227,11 +227,6 @@ def setp(e, instr: Instr) -> None:
         e.write(second, f"pnot({t}) {sign} {extra}" if sign else f"pnot({t})", "p")
 
 
-@op("set")
-def set_(e, instr: Instr) -> None:
-    raise PtxError(f"line {instr.line}: unsupported: {instr.text}")
-
-
 @op("selp")
 def selp(e, instr: Instr) -> None:
     modifiers(instr, 1, {*_BITS, "f32", "f64"})

@@ -356,8 +356,3 @@ def hints(e, instr: Instr) -> None:
     for operand in instr.operands:
         if isinstance(operand, Mem):
             e.address(operand)
-
-
-@op("alloca", "stacksave", "stackrestore")
-def stack(e, instr: Instr) -> None:
-    raise PtxError(f"line {instr.line}: unsupported: {instr.text}")

@@ -194,15 +194,10 @@ def try_wait(e, instr: Instr) -> None:
     e.write(d, t, "p")
 
 
-@op("mbarrier.pending_count")
-def pending_count(e, instr: Instr) -> None:
-    raise PtxError(f"line {instr.line}: unsupported: {instr.text}")
-
-
 # -- named barriers ----------------------------------------------------------------------------------------
 @runtime
 def named_barrier(w, number, threads, mask, sync, value=None):
-    """None when passed (or for arrive); a result dict entry for bar.red; BLOCKED state otherwise."""
+    """True when passed (always for arrive), False when the warp must wait."""
     number = one(number, mask, "barrier number")
     barrier = w.cta.named_barrier(number)
     if w.arrived is None:

@@ -397,3 +397,35 @@ class GemmProblem:
             buffers={"a": self.a, "b": self.b, "sfa": self.sfa, "sfb": self.sfb, "out": self.out},
             **options,
         )
+
+
+# Building blocks of small kernels.
+DECLARATIONS = """
+    .reg .pred %p<8>, %done;
+    .reg .b16 %h<8>;
+    .reg .b32 %r<160>;
+    .reg .f32 %f<32>;
+    .reg .b64 %d<32>;
+    .reg .b128 %q;
+"""
+
+
+def kernel(body: str, params: str = ".param .u64 out") -> str:
+    """PTX of an entry `k` with registers %p, %h, %r, %f, %d, %q and the given body."""
+    return HEADER + f".visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
+
+
+def run(body: str, *args: object, params: str = ".param .u64 out", **options: object) -> LaunchReport:
+    return emulate_ptx(kernel(body, params), "k", args, **options)
+
+
+def ints(count: int) -> torch.Tensor:
+    """Poisoned int32 output."""
+    return torch.full((count,), -1, dtype=torch.int32)
+
+
+STORE = """
+    ld.param.u64 %d0, [out];
+    mov.u32 %r0, %tid.x;
+    mad.wide.u32 %d1, %r0, 4, %d0;
+    st.global.u32 [%d1], %r1;"""
