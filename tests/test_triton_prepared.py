@@ -151,7 +151,7 @@ def test_dense_units_fit_their_slots(tokens, hidden):
         (_problem(), TritonTactic("gathered", 64, 32, 256, 4, 4, 1), "block_m is 32"),
         (_problem(), TritonTactic("gathered", 64, 8, 256, 4, 8, 1), "block_n, num_warps are 64, 8"),
         (_problem(), TritonTactic("gathered", 64, 8, 256, 9, 4, 1), "split is 9"),
-        (_problem(), TritonTactic("gathered", 64, 8, 256, 4, 4, 3), "num_stages is 3"),
+        (_problem(), TritonTactic("gathered", 64, 8, 256, 4, 4, 3), "num_stages is 3; form 'gathered' takes 1"),
         (_problem(inner=384), TritonTactic("few", 64, 8, 256, 1, 16, 2), "multiples of 256"),
         (_problem(b_layout="128x4"), TritonTactic("few", 64, 8, 256, 1, 16, 2), "from prepare(b)"),
         (_problem(device_type="cpu", capability=None), TritonTactic("few", 64, 8, 256, 1, 16, 2), "NVIDIA GPUs"),

@@ -57,15 +57,6 @@ def load1(pointer, wanted):
     return gl.inline_asm_elementwise(_LOAD1, "=&r,l,r", [pointer.to(gl.int64), wanted], gl.int32, False, 1)
 
 
-@gluon.jit
-def prefetch(pointer, wanted):
-    """Bring the 128-byte line at each wanted pointer into the second-level cache."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [pointer.to(gl.int64), wanted], gl.int32, False, 1,
-    )  # fmt: skip
-
-
 def _activation_asm() -> str:
     """$0..$7 = b0, b1 of steps 0..3 from two words of e2m1 codes ($8, $9) and one e4m3 byte ($10).
 
@@ -162,7 +153,7 @@ def multiply2(acc, x, scale, b, c):
     )  # fmt: skip
 
 
-def _decode_asm(half: int) -> str:
+def _decode_asm() -> str:
     """$0..$7: registers 0..3 of the left operand, low then high side, from a word of weights and its scale factors."""
     lines = [
         ".reg .b32 t, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;",
@@ -177,7 +168,7 @@ def _decode_asm(half: int) -> str:
     return "{ " + "\n".join(lines) + " }"
 
 
-_DECODE = gl.constexpr(_decode_asm(0))
+_DECODE = gl.constexpr(_decode_asm())
 
 
 @gluon.jit

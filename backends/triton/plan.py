@@ -105,12 +105,12 @@ def finish(
     sums, parts, counts, out, tokens, hidden, tiles, token_tiles, programs,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNKS: tl.constexpr, SETS: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PAD: tl.constexpr, DENSE_ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, DENSE_ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = 65536 times the part sums of whichever main kernel ran, added in a fixed order. 64 columns x BLOCK tokens.
 
     Args:
-        sums: of the routed kernel, float32 [SETS, strips, tokens + PAD, ROWS].
+        sums: of the routed kernel, float32 [SETS, strips, tokens, ROWS].
         parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, DENSE_ROWS].
     """
     if OVERLAP:
@@ -133,7 +133,7 @@ def finish(
     else:
         # The routed kernel keeps rows g and g + 8 of each 16 side by side: read in its order, then take the pairs apart.
         strips = (tl.num_programs(0) * 64 + ROWS - 1) // ROWS
-        region = (tokens + PAD).to(tl.int64) * ROWS
+        region = tokens.to(tl.int64) * ROWS
         where = (column * 64 // ROWS) * region + m[:, None].to(tl.int64) * ROWS + column * 64 % ROWS + n[None, :]
         present = (m < tokens)[:, None] & (n >= 0)[None, :]
         total = tl.load(sums + where, mask=present, other=0.0)

@@ -7,12 +7,9 @@ from backends.operand import Nvfp4Tensor, PreparedOperand, round_up
 from backends.problem import Fc2Problem
 from backends.triton.few import fc2_few
 from backends.triton.plan import finish, gather_tokens
-from backends.triton.routed import PAD, fc2_routed
+from backends.triton.routed import fc2_routed
 from backends.triton.tactic import CHUNK, PASS_TOKENS, TritonTactic, dense_tiling
 from backends.triton.warpgroup import fc2_warpgroup, pack_activations
-
-OVERLAP = True
-
 
 def run(
     problem: Fc2Problem,
@@ -63,7 +60,7 @@ def _gathered(
     has_dense = problem.capability == (9, 0)
     # Launching a kernel while the one before runs (programmatic dependent launch). Every kernel launched so waits for
     # that one before it touches memory.
-    overlap = OVERLAP and problem.capability >= (9, 0)
+    overlap = problem.capability >= (9, 0)
     tiling = dense_tiling(tokens, hidden, problem.k)
     columns = tiling.token_tiles * tiling.tokens
 
@@ -77,7 +74,7 @@ def _gathered(
     alpha_t = scratch(experts, columns)
     gathered = scratch(experts, wide, inner // 2, dtype=torch.int32)
     lists = scratch(sets, strips, experts * -(-tokens // width), dtype=torch.int32)
-    sums = scratch(sets, strips, tokens + PAD.value, rows)
+    sums = scratch(sets, strips, tokens, rows)
     parts = scratch(tiling.tiles if has_dense else 0, tiling.slots, tiling.tokens, tiling.rows)
     packed = scratch(problem.k // 8 if has_dense else 0, columns, dtype=torch.int32)
     units = scratch(problem.k // 64 if has_dense else 0, columns, dtype=torch.int32)
@@ -90,8 +87,7 @@ def _gathered(
     fc2_routed[(strips, sets)](
         weights, factors, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, SETS=sets, WIDTH=width, WARPS=tactic.num_warps,
-        STAGES=tactic.num_stages, HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=tactic.num_warps, maxnreg=registers(tactic),
-        launch_pdl=overlap,
+        HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=tactic.num_warps, maxnreg=registers(tactic), launch_pdl=overlap,
     )  # fmt: skip
     if has_dense:
         pack_activations[(problem.k // 64, -(-columns // 128))](
@@ -108,7 +104,7 @@ def _gathered(
     finish[(-(-hidden // 64), -(-tokens // 8))](
         sums, parts, counts, out, tokens, hidden, tiling.tiles, tiling.token_tiles, tiling.programs,
         EXPERTS=experts, EXPERTS_PADDED=padded, CHUNKS=problem.k // CHUNK, SETS=sets, TOKENS=tiling.tokens,
-        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, PAD=PAD.value, DENSE_ROWS=tiling.rows,
+        SLOTS=tiling.slots, BLOCK=8, ROWS=rows, DENSE_ROWS=tiling.rows,
         HAS_DENSE=has_dense, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
 

@@ -2,11 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import load4_always, load4_cached, multiply1, multiply2, prefetch
-
-# Rows of the sums between programs: their stride would otherwise be a power of two, and all programs, which follow the
-# same list of tokens, would crowd the same slices of the L2.
-PAD = gl.constexpr(5)
+from backends.triton.fragments import load4_always, load4_cached, multiply1, multiply2
 
 _LOAD2 = gl.constexpr(
     "{ .reg .pred p; setp.ge.s32 p, $3, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; @p ld.global.v2.f32 {$0, $1}, [$2]; }"
@@ -20,7 +16,7 @@ _STORE2 = gl.constexpr(
 def fc2_routed(
     w_data, w_scale, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,
     EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, SETS: gl.constexpr, WIDTH: gl.constexpr,
-    WARPS: gl.constexpr, STAGES: gl.constexpr, HAS_DENSE: gl.constexpr, OVERLAP: gl.constexpr,
+    WARPS: gl.constexpr, HAS_DENSE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """16 * WARPS rows of B and every SETS-th item per program; an item is up to WIDTH (8 or 16) tokens of an expert.
 
@@ -31,8 +27,7 @@ def fc2_routed(
     Args:
         gathered, counts, token_of, weight_of: of `plan.gather_tokens`.
         lists: int32 [SETS, strips, EXPERTS * ceil(tokens / WIDTH)] of scratch.
-        sums: float32 [SETS, strips, tokens + PAD, 16 * WARPS]; 2^-16 of the part sums, rows g and g + 8 of a warp side
-            by side.
+        sums: float32 [SETS, strips, tokens, 16 * WARPS]; 2^-16 of the part sums, rows g and g + 8 of a warp side by side.
     """
     THREADS: gl.constexpr = 32 * WARPS
     ROWS: gl.constexpr = 16 * WARPS
@@ -71,7 +66,7 @@ def fc2_routed(
         gl.store(items + base + group, e + group * 65536 + members * 33554432, mask=group < groups)
     steps = gl.sum(groups, 0) * CHUNKS
 
-    sums += (part * strips + strip).to(gl.int64) * (tokens + PAD) * ROWS
+    sums += (part * strips + strip).to(gl.int64) * tokens * ROWS
     quad = gl.arange(0, THREADS, layout=gl.SliceLayout(1, QUAD))[:, None] * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))[None, :]
     for first in range(0, tokens, 8):
         gl.store(sums + first * ROWS + quad, gl.full([THREADS, 4], 0.0, gl.float32, QUAD), mask=first + quad // ROWS < tokens)
@@ -83,15 +78,6 @@ def fc2_routed(
     weights = (w_data + block * 1024 + half * 128 + lane * 4, w_scale + block * 128 + lane * 4, rows32)
     item = _item(items, part, steps, CHUNKS)
     after = _item(items, part + SETS, steps, CHUNKS)
-    if STAGES == 2:
-        # Each warp of a pair that shares 32 rows brings half of their chunk into the L2 two items ahead: 36 lines of 128
-        # bytes. Requests into registers are one item ahead, and a thread has only six scoreboards to wait for them by.
-        line = half * 18 + lane
-        lines = gl.where(line < 32, w_data + block * 1024 + line * 32, w_scale + block * 128 + (line - 32) * 32)
-        line_step = gl.where(line < 32, 1024, 128) * rows32
-        has_line = (lane < 18).to(gl.int32)
-        prefetch(lines + _chunk(after, part + SETS, CHUNKS) * line_step, has_line)
-        later = _item(items, part + 2 * SETS, steps, CHUNKS)
     acts = _activation_pointer(lists_of, item, part, CHUNKS, WIDTH)
     has_token, has_second = _members(item, lane)
     data, factors = _weight_pointers(weights, item, part, CHUNKS)
@@ -116,12 +102,7 @@ def fc2_routed(
         # Small requests first: a warp's loads return in order, and the ones for weights come from memory.
         listed = _listed(lists_of, after, WIDTH)
         turned = (_turned(scale[0], half), _turned(scale[1], half), _turned(scale[2], half), _turned(scale[3], half))
-        if STAGES == 2:
-            after = later
-            later = _item(items, step + 3 * SETS, steps, CHUNKS)
-            prefetch(lines + _chunk(after, step + 2 * SETS, CHUNKS) * line_step, has_line)
-        else:
-            after = _item(items, step + 2 * SETS, steps, CHUNKS)
+        after = _item(items, step + 2 * SETS, steps, CHUNKS)
         scale = load4_always(factors)
         following = ()
         b_following = ()
@@ -166,14 +147,9 @@ def _members(item, lane):
 
 
 @gluon.jit
-def _chunk(item, step, CHUNKS: gl.constexpr):
-    return (item & 65535) * CHUNKS + step % CHUNKS
-
-
-@gluon.jit
 def _weight_pointers(weights, item, step, CHUNKS: gl.constexpr):
     w_data, w_scale, rows32 = weights
-    chunk = _chunk(item, step, CHUNKS) * rows32
+    chunk = ((item & 65535) * CHUNKS + step % CHUNKS) * rows32
     return w_data + chunk * 1024, w_scale + chunk * 128
 
 

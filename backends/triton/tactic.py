@@ -19,10 +19,8 @@ FEW_TOKENS = 8
 #: Programs that a default launch of the tiled form aims for: some four per multiprocessor of today's largest chips.
 _TARGET_PROGRAMS = 512
 _MAX_SPLIT = 32
-#: block_n, block_m, split, num_stages of the "gathered" tactics that were best at some number of tokens.
-_GATHERED = (
-    (64, 8, 5, 1), (64, 8, 5, 2), (64, 8, 7, 1), (64, 16, 3, 1), (64, 16, 3, 2), (64, 16, 4, 2), (128, 16, 4, 1), (128, 16, 4, 2),
-)  # fmt: skip
+#: block_n, block_m, split of the "gathered" tactics that were best at some number of tokens.
+_GATHERED = ((64, 8, 4), (64, 8, 5), (64, 8, 7), (64, 16, 3), (64, 16, 4), (128, 16, 4))
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class TritonTactic(Tactic):
         block_k: values along K per step inside one expert; a larger step than the expert is masked.
         split: "tiled" and "gathered": parts that the experts are divided into, added in order by a last kernel.
         num_warps: warps per program.
-        num_stages: steps in flight: in the compiler's pipeline ("tiled"), in registers ("few"), or in registers and
-            from 2 on in the L2 ("gathered").
+        num_stages: steps in flight: in the compiler's pipeline ("tiled"), or in registers ("few" and "gathered").
     """
 
     backend = "triton"
@@ -128,8 +125,8 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic) -> Support:
         return Support(False, f"block_m is {tactic.block_m}; form 'gathered' takes 8 or 16")
     if not 1 <= tactic.split <= 8:
         return Support(False, f"split is {tactic.split}; form 'gathered' takes 1 to 8")
-    if tactic.num_stages not in (1, 2):
-        return Support(False, f"num_stages is {tactic.num_stages}; form 'gathered' takes 1 or 2")
+    if tactic.num_stages != 1:
+        return Support(False, f"num_stages is {tactic.num_stages}; form 'gathered' takes 1")
     return SUPPORTED
 
 
@@ -204,8 +201,8 @@ def tactics(problem: Fc2Problem) -> list[TritonTactic]:
     if problem.b_layout == PREPARED:
         for block_n, num_warps, num_stages in ((64, 16, 1), (32, 8, 4)):
             grid.append(TritonTactic("few", block_n, FEW_TOKENS, CHUNK, 1, num_warps, num_stages))
-        for block_n, block_m, split, num_stages in _GATHERED:
-            grid.append(TritonTactic("gathered", block_n, block_m, CHUNK, split, block_n // 16, num_stages))
+        for block_n, block_m, split in _GATHERED:
+            grid.append(TritonTactic("gathered", block_n, block_m, CHUNK, split, block_n // 16, 1))
     else:
         for block_n, num_warps in ((64, 4), (128, 8)):
             for block_m in (16, 32, 64):
