@@ -2,11 +2,11 @@
 
 One program fills a multiprocessor with specialized warps:
 
-- the first 4 copy weights and packed activations from global to shared memory (asynchronous copies, COPY_STAGES chunks
-  ahead) and decode activations to float16 in shared memory, where the instruction wants its right operand; with two
-  PRODUCERS, 4 more warps decode every second slice;
-- each of the CONSUMERS groups of 4 decodes the weights of 64 rows into registers, the left operand, and multiplies.
-  Partial sums of one expert and the running total are both in registers, so alpha applies to float32 sums.
+- the first 4 copy weights and packed activations from global to shared memory (asynchronous copies, up to
+  COPY_STAGES chunks ahead) and decode activations to float16 in shared memory, where the instruction wants its
+  right operand; with two PRODUCERS, 4 more warps decode every second slice;
+- each of the CONSUMERS groups of 4 decodes the weights of 64 rows into registers, the left operand, and
+  multiplies. Partial sums of one expert and the running total are both float32, in registers.
 
 Weights and activations are decoded once per tile of 64 * CONSUMERS rows x TOKENS tokens.
 """
@@ -24,12 +24,12 @@ from backends.triton.fragments import decode_weights
 
 
 def _unit_asm() -> str:
-    """$0..$3: the four scale factors of a word ($4; upper bytes of float16 without sign), each in both 16-bit sides."""
+    """$0..$3: the four scale factors of a word ($4; bits 14..7 of float16), each in both 16-bit sides."""
     return "\n".join(f"prmt.b32 ${i}, $4, 0, 0x4{i}4{i}; shl.b32 ${i}, ${i}, 7;" for i in range(4))
 
 
 def _codes_asm() -> str:
-    """$0..$3: 8 float16, 2^-8 of the values of a packed word ($4), of four blocks with scale factors $5..$8."""
+    """$0..$3: 8 float16, 2^-8 of the values of a packed word ($4); $5..$8 are its four scale factors."""
     return """{ .reg .b32 t;
     and.b32 $0, $4, 0x8E008E00;
     shl.b32 t, $4, 3; and.b32 $1, t, 0x8E008E00;
@@ -48,16 +48,17 @@ _PLAIN2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit(do_not_specialize=["tokens"])
 def pack_activations(
     a_data, a_scale, counts, packed, units, tokens, columns,
-    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr, TOKENS: gl.constexpr,
+    EXPERTS: gl.constexpr, EXPERTS_PADDED: gl.constexpr, INNER: gl.constexpr, A_SWIZZLED: gl.constexpr,
+    TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """Activations in the order and packing that `fc2_warpgroup` decodes; one thread per token and 64 values of K.
+    """Activations in the order and packing that `fc2_warpgroup` decodes; a thread per token and 64 values.
 
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
-        packed: int32 [K/256, columns / TOKENS, quarter 4, TOKENS, 8]: word 2s + h holds the values at slots 8h .. 8h+7 of
-            step s, packed as weights are.
-        units: int32 [K/256, columns / TOKENS, quarter 4, TOKENS], four scale factors each: bits 14..7 of the float16 64*s.
-            Signs go to the values.
+        packed: int32 [K/256, columns / TOKENS, quarter 4, TOKENS, 8]: word 2s + h holds the values at slots
+            8h .. 8h+7 of step s, packed as weights are.
+        units: int32 [K/256, columns / TOKENS, quarter 4, TOKENS], four scale factors each: bits 14..7 of the
+            float16 64*s. Signs go to the values.
         columns: tokens, rounded up to whole tiles; values past the last token are zero.
     """
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -71,7 +72,8 @@ def pack_activations(
     m = gl.program_id(1) * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, WIDE))
     i = gl.arange(0, 8, layout=gl.SliceLayout(0, WIDE))
     inside = m < tokens
-    word = gl.load(a_data + (m.to(gl.int64) * (K // 8) + quarter * 8)[:, None] + i[None, :], mask=inside[:, None], other=0)
+    start = m.to(gl.int64) * (K // 8) + quarter * 8
+    word = gl.load(a_data + start[:, None] + i[None, :], mask=inside[:, None], other=0)
     if A_SWIZZLED:
         where = ((m // 128) * (K // 64) + quarter) * 512 + (m % 32) * 16 + ((m % 128) // 32) * 4
     else:
@@ -84,11 +86,12 @@ def pack_activations(
     outputs = ()
     for w in gl.static_range(2):
         source = odd if w else even
-        low, high = gl.split(gl.reshape(source, [128, 2, 2]))  # blocks 0 and 2; 1 and 3
-        t0, t2 = gl.split(low)
-        t1, t3 = gl.split(high)
+        outer, inner = gl.split(gl.reshape(source, [128, 2, 2]))  # blocks 0 and 2; 1 and 3
+        t0, t2 = gl.split(outer)
+        t1, t3 = gl.split(inner)
         for p in gl.static_range(4):
-            outputs = outputs + (_field(t0, p, 15, 9) | _field(t1, p, 12, 6) | _field(t2, p, 14, 3) | _field(t3, p, 13, 0),)
+            low = _field(t0, p, 15, 9) | _field(t1, p, 12, 6)
+            outputs = outputs + (low | _field(t2, p, 14, 3) | _field(t3, p, 13, 0),)
     joined = gl.join(
         gl.join(gl.join(outputs[0], outputs[4]), gl.join(outputs[2], outputs[6])),
         gl.join(gl.join(outputs[1], outputs[5]), gl.join(outputs[3], outputs[7])),
@@ -122,12 +125,13 @@ def fc2_warpgroup(
     TOKENS: gl.constexpr, CONSUMERS: gl.constexpr, PRODUCERS: gl.constexpr,
     STAGES: gl.constexpr, COPY_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """An equal share of all (tile, chunk of 256 values of K) per program; a tile is 64 * CONSUMERS rows x TOKENS tokens.
+    """An equal share of all (tile, 256 values of K) per program; a tile is 64 * CONSUMERS rows x TOKENS.
 
     Args:
         packed, units: activations from `pack_activations`.
         alpha_t: float32 [EXPERTS, columns], zero past the last token.
-        parts: float32 [tiles, slots, TOKENS, 64 * CONSUMERS] of part sums (2^-16 of them), one slot per program of a tile.
+        parts: float32 [tiles, slots, TOKENS, 64 * CONSUMERS] of part sums (2^-16 of them), one slot for
+            each program of a tile.
         tiles: row tiles times token tiles, token tiles of one row tile side by side.
         blocks: blocks of 32 rows that B has.
     """
@@ -166,7 +170,7 @@ def fc2_warpgroup(
     rings = (acts, codes, factors, alphas, words, scales, filled, drained, loaded, used)
     share = (first, last, gl.cdiv(tokens, TOKENS))
     sources = (packed, units, w_data, w_scale, alpha_t, blocks)
-    # Where the program enters its first tile there may be programs before it; all later tiles it begins itself.
+    # In its first tile there may be programs before this one; all later tiles it begins itself.
     start = first // CHUNKS * CHUNKS
     owner = (((start + 1).to(gl.int64) * gl.num_programs(0) - 1) // all_units).to(gl.int32)
     place = (parts, slots, program - owner)
@@ -207,7 +211,7 @@ def fc2_warpgroup(
 
 @gluon.jit
 def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
-    """Fills the rings in the order in which `_consume` empties them; every PRODUCERS-th slice of activations."""
+    """Fills the rings in the order in which `_consume` empties them; every PRODUCERS-th slice of them."""
     acts, codes, factors, alphas, words, scales, filled, drained, loaded, used = rings
     first, last, token_tiles = share
     TOKENS: gl.constexpr = sizes[2]
@@ -220,6 +224,7 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
     # A thread decodes 8 words of one token, or 4 where there are 16 tokens.
     WORDS: gl.constexpr = gl.BlockedLayout([1, ROWS // 16], [ROWS // 4, 128 // ROWS], [4, 1], [1, 0])
     UNITS: gl.constexpr = gl.SliceLayout(1, WORDS)
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)  # of float16
     CHUNKS: gl.constexpr = sizes[0] * sizes[1] // 256
     ahead = (first % CHUNKS, first // CHUNKS // token_tiles, first // CHUNKS % token_tiles)
     if WHICH == 0:
@@ -228,7 +233,7 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
     for at in range(first, last):
         step = at - first
         if WHICH == 0:
-            # The stage of two chunks before: waiting for the last one would keep activations from being decoded ahead.
+            # The stage of two chunks before: waiting for the last one would hold up the decoding.
             stage = (step + COPY_STAGES - 2) % COPY_STAGES
             turn = (step + COPY_STAGES - 2) // COPY_STAGES
             mbarrier.wait(used.index(stage), (turn + 1) & 1, pred=turn > 0)
@@ -252,8 +257,7 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
             values = gl.reshape(gl.join(gl.join(x0, x2), gl.join(x1, x3)), [QUARTERS, TOKENS, 32])
             values = gl.reshape(gl.permute(values, (1, 0, 2)), [TOKENS, 32 * QUARTERS])
             mbarrier.wait(drained.index(index), phase, pred=step >= STAGES)
-            target = acts.index(index)._reinterpret(gl.int32, [TOKENS, 32 * QUARTERS], gl.NVMMASharedLayout(128, 32, 2))
-            target.store(values)
+            acts.index(index)._reinterpret(gl.int32, [TOKENS, 32 * QUARTERS], PAIRS).store(values)
             fence_async_shared()
             mbarrier.arrive(filled.index(index), count=1)
         if WHICH > 0:
@@ -262,9 +266,9 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
 
 @gluon.jit
 def _copy(rings, wanted, at, stage, token_tiles, sources, sizes: gl.constexpr):
-    """Starts copying the weights and the packed activations of the unit at (chunk, row tile, token tile); the next unit.
+    """Starts copying weights and activations of the unit at (chunk, row tile, token tile); the next unit.
 
-    One stage for both: loads return in the order of their issue, so that whatever is loaded later waits for these weights.
+    One stage for both: loads return in the order of their issue, so a later one would wait for these weights.
     """
     _, codes, factors, alphas, words, scales, _, _, loaded, _ = rings
     packed, units, w_data, w_scale, alpha_t, blocks = sources
@@ -292,9 +296,10 @@ def _copy(rings, wanted, at, stage, token_tiles, sources, sizes: gl.constexpr):
         tile = chunk * token_tiles + token_tile
         where = (gl.arange(0, 4 * TOKENS, layout=gl.SliceLayout(1, CODES)) * 8)[:, None]
         where = where + gl.arange(0, 8, layout=gl.SliceLayout(0, CODES))[None, :]
-        async_copy.async_copy_global_to_shared(codes.index(stage), packed + tile.to(gl.int64) * (32 * TOKENS) + where)
+        base = tile.to(gl.int64) * (4 * TOKENS)
+        async_copy.async_copy_global_to_shared(codes.index(stage), packed + base * 8 + where)
         where = gl.arange(0, 4 * TOKENS, layout=LINE)
-        async_copy.async_copy_global_to_shared(factors.index(stage), units + tile.to(gl.int64) * (4 * TOKENS) + where)
+        async_copy.async_copy_global_to_shared(factors.index(stage), units + base + where)
         tile = chunk // (sizes[1] // 256) * token_tiles + token_tile
         where = gl.arange(0, TOKENS, layout=LINE)
         async_copy.async_copy_global_to_shared(alphas.index(stage), alpha_t + tile * TOKENS + where)
@@ -324,8 +329,8 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
     zero = gl.full([64, TOKENS], 0.0, gl.float32, ACC)
     mbarrier.wait(loaded.index(0), 0)
     factors = _factors(scales.index(0), GROUP)
-    # Waiting for activations before decoding weights, not after, keeps no decoded weights across the wait: 16 registers
-    # fewer, without which two producers at 128 tokens would spill. One producer leaves registers to hide the wait.
+    # Waiting for activations before decoding weights, not after, keeps no decoded weights across the wait:
+    # else two producers at 128 tokens would spill. One producer leaves registers to hide the wait.
     WAIT_FIRST: gl.constexpr = sizes[7] == 2
     # All words of a chunk wait in registers where these suffice: a load from shared memory takes 30 cycles.
     LOADS: gl.constexpr = 4 if TOKENS < 128 else 1
@@ -340,8 +345,8 @@ def _consume(rings, share, place, GROUP: gl.constexpr, sizes: gl.constexpr):
         for q in gl.static_range(4):
             if q % QUARTERS == 0 and (q == 0 or not WAIT_FIRST):
                 mbarrier.wait(filled.index(slot * SLICES + q // QUARTERS), phase)
-            right = acts.index(slot * SLICES + q // QUARTERS).slice(64 * (q % QUARTERS), 64, dim=1).permute((1, 0))
-            partial = warpgroup_mma(left, right, partial, use_acc=q > 0, is_async=True)
+            right = acts.index(slot * SLICES + q // QUARTERS).slice(64 * (q % QUARTERS), 64, dim=1)
+            partial = warpgroup_mma(left, right.permute((1, 0)), partial, use_acc=q > 0, is_async=True)
             if q < 3:
                 # The last quarter's products are done and its registers free when the next ones are decoded.
                 partial = warpgroup_mma_wait(1, deps=[partial])
@@ -395,7 +400,7 @@ def _factors(scales, GROUP: gl.constexpr):
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
     WARPS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 32, 1], [2, 2, 1, 1], [3, 2, 1, 0])
-    # Both warps of a block of 32 rows read the same words; the second turns its half of the rows to the front.
+    # Both warps of a block of 32 rows read the same words; the second turns its half of them to the front.
     block = gl.reshape(scales.slice(2 * GROUP, 2, dim=0).load(PAIRS), [2, 32, 4])
     block = gl.convert_layout(block, gl.SliceLayout(1, WARPS), assert_trivial=True)
     block, _ = gl.broadcast(block[:, None, :, :], gl.full([2, 2, 32, 4], 0, gl.int32, WARPS))
@@ -405,9 +410,10 @@ def _factors(scales, GROUP: gl.constexpr):
     for q in gl.static_range(4):
         result = result + (
             gl.inline_asm_elementwise(
-                "shf.l.wrap.b32 $0, $1, $1, $2; and.b32 $0, $0, 0x7F807F80;", "=r,r,r", [words[q], turn], gl.int32, True, 1
+                "shf.l.wrap.b32 $0, $1, $1, $2; and.b32 $0, $0, 0x7F807F80;", "=r,r,r", [words[q], turn],
+                gl.int32, True, 1,
             ),
-        )
+        )  # fmt: skip
     return result
 
 
@@ -434,4 +440,5 @@ def _left(x, factors, ACC: gl.constexpr):
     joined = gl.join(gl.join(steps[0], steps[1]), gl.join(steps[2], steps[3]))
     # warp, g, t, side, row half, k half, step bit 0, step bit 1
     values = gl.permute(gl.reshape(joined, [4, 8, 4, 2, 2, 2, 2, 2]), (0, 4, 1, 7, 6, 5, 2, 3))
-    return gl.convert_layout(gl.reshape(values, [64, 64]), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    return gl.convert_layout(gl.reshape(values, [64, 64]), LEFT, assert_trivial=True)
