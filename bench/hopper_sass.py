@@ -24,7 +24,6 @@ _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "b
 _WORDS_PER_TURN = {
     "fc2_few": lambda t: t.num_stages * 8 * (t.block_n // 32),
     "fc2_routed": lambda t: 16,
-    "fc2_warpgroup": lambda t: 16,
 }
 
 
