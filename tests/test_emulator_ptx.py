@@ -389,6 +389,21 @@ stop:""" + STORE
         with pytest.raises(Fault, match="where no mbarrier is initialized"):
             run("mov.u32 %r2, smem; mbarrier.arrive.shared.b64 _, [%r2];", ints(1), smem=64)
 
+    def test_two_warps_may_initialize_a_barrier_alike(self) -> None:
+        text = """
+    mov.u32 %r20, smem;
+    mov.u32 %r0, %tid.x;
+    shr.u32 %r2, %r0, 5;
+    add.u32 %r3, %r2, COUNT;
+    elect.sync _|%p0, -1;
+    @!%p0 bra ready;
+    mbarrier.init.shared.b64 [%r20], %r3;
+ready:
+    bar.sync 0;"""
+        run(text.replace("%r2, COUNT", "0, 5"), ints(1), block=(64, 1, 1), smem=64)
+        with pytest.raises(Race, match="store to shared offset 0x400"):
+            run(text.replace("COUNT", "5"), ints(1), block=(64, 1, 1), smem=64)
+
     def test_deadlock_of_a_named_barrier(self) -> None:
         with pytest.raises(Deadlock, match="named barrier 2: 32 of 64 threads"):
             run(

@@ -447,6 +447,15 @@ class TestTensorMemory:
             }[shape]
             np.testing.assert_array_equal(got[r], 1000 * lane + column)
 
+    def test_packed_load(self) -> None:
+        """.pack::16b: register j holds the low halves of columns 2j and 2j + 1."""
+        out = ints(32 * 16)
+        text = self._text("32x32b", 16, 16).replace("x16.b32", "x16.pack::16b.b32")
+        run(text, out, smem=64)
+        lane, j = np.arange(32)[None, :], np.arange(16)[:, None]
+        want = (1000 * lane + 2 * j) & 0xFFFF | ((1000 * lane + 2 * j + 1) & 0xFFFF) << 16
+        np.testing.assert_array_equal(out.view(16, 32).numpy().view(np.uint32), want)
+
     def test_missing_wait_st_is_found(self) -> None:
         with pytest.raises(Race, match="tcgen05.ld of TMEM .* tcgen05.st of warp 0"):
             run(self._text("32x32b", 32, 32, ""), ints(1024), smem=64)

@@ -49,6 +49,11 @@ class Mbarrier:
             f"and {self.tx} transaction bytes outstanding"
         )
 
+    def untouched(self, count: int) -> bool:
+        """Whether the state is that of a fresh initialization with `count`."""
+        fresh = self.count == self.pending == count and self.tx == self.phase == self.arrivals == 0
+        return fresh and not self.waiters and not self.in_flight
+
     def expect(self, amount: int) -> None:
         self.tx += amount
         if abs(self.tx) > (1 << 20) - 1:

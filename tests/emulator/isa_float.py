@@ -358,6 +358,10 @@ def convert(e, instr: Instr) -> None:
         result = f"to_half({target!r}, {rounding!r}, {relu}, {e.read(sources[0], 'f')})", "i"
     elif target == "f32" and source in _HALF:
         result = f"widen({source!r}, {e.read(sources[0], 'i', 16)})", "f"
+    elif target == "f64" and source in _HALF:
+        result = f"np.float64(widen({source!r}, {e.read(sources[0], 'i', 16)}))", "d"
+    elif target in _HALF and source == "f64":
+        result = f"to_half({target!r}, {rounding!r}, {relu}, np.float32({e.read(sources[0], 'd')}))", "i"
     elif target == "f32" and source == "f32":
         x = e.read(sources[0], "f")
         if mods & integer_rounding:

@@ -40,6 +40,8 @@ def mbarrier_init(w, address, count, mask):
         if not 1 <= count < 1 << 20:
             raise Fault(f"mbarrier.init with count {count} (1..{(1 << 20) - 1})")
         cta = w.cta.cluster.ctas[rank]
+        if offset in cta.mbarriers and cta.mbarriers[offset].untouched(count):
+            continue  # several warps may initialize a barrier to the same state
         barrier = Mbarrier(cta, rank, offset, count)
         if w.check:
             w.check.barrier_init(w, barrier, cta.mbarriers.get(offset))

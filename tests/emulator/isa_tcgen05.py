@@ -108,9 +108,13 @@ _REPEATS = {f"x{1 << i}" for i in range(8)}
 
 
 def _shape(instr: Instr) -> tuple[str, int]:
+    """(shape, repeat in columns' worth): 16-bit packing moves twice the columns through the same registers."""
     parts = set(instr.parts)
     shape = next(iter(parts & _SHAPES))
-    return shape, int(next(iter(parts & _REPEATS))[1:])
+    packed = bool(parts & {"pack::16b", "unpack::16b"})
+    if packed and shape != "32x32b":
+        raise PtxError(f"line {instr.line}: packing of shape {shape} is not modelled: {instr.text}")
+    return shape, int(next(iter(parts & _REPEATS))[1:]) * (2 if packed else 1)
 
 
 @runtime
