@@ -28,12 +28,12 @@ class SharedChecks:
 
     def _read_words(self, w, rank: int, at, where: str) -> None:
         shadow = self.smem[rank]
-        epoch = shadow.words.write_conflict(at, w.clock)
+        epoch, empty = shadow.words.scan(at, w.clock)
         if epoch:
             self._race("load of", f"{where} of CTA rank {rank}", epoch, "write")
         if shadow.bytes is not None:
             self._mixed(w, shadow, at, "load", where, rank)
-        elif not shadow.words.writes[at].all():
+        elif empty:
             raise Fault(f"load of {where} of CTA rank {rank}, which nothing has written")
         clock = int(w.clock[w.agent])
         self.lines[w.agent << SHIFT | clock] = w.line
@@ -123,23 +123,18 @@ class SharedChecks:
             known[agent] = clock
 
     # -- shared memory, async proxy ------------------------------------------------------------------------
-    def async_smem_read(self, ticket: Ticket, cta, offsets: np.ndarray, what: str) -> None:
-        """A read of 16-byte chunks by the tensor pipe."""
-        self._async_read(ticket, cta.rank, words(offsets.ravel(), 16), what)
-
-    def _async_read(self, ticket: Ticket, rank: int, at, what: str) -> None:
+    def async_smem_read(self, ticket: Ticket, rank: int, at, what: str) -> None:
+        """An async-proxy read of the words `at` (an index array or slice)."""
         shadow = self.smem[rank]
-        epoch = shadow.words.write_conflict(at, ticket.view)
-        if not epoch and shadow.bytes is not None:
+        epoch, empty = shadow.words.scan(at, ticket.view)
+        if shadow.bytes is not None and not epoch:
             index = np.arange(at.start, at.stop) if isinstance(at, slice) else at
             parts = index.ravel()[:, None] * 4 + np.arange(4)
             epoch = shadow.bytes.write_conflict(parts, ticket.view)
-            empty = (
-                (shadow.words.writes[index.ravel()] == 0) & (shadow.bytes.writes[parts] == 0).any(1)
-            ).any()
-        else:
-            empty = not shadow.words.writes[at].all()
-        first = (at.start if isinstance(at, slice) else int(at.min())) * 4
+            unwritten = (shadow.bytes.writes[parts] == 0).any(1)
+            empty = bool(((shadow.words.writes[index.ravel()] == 0) & unwritten).any())
+        if epoch or empty:
+            first = (at.start if isinstance(at, slice) else int(at.min())) * 4
         if epoch:
             self._race(
                 f"{what} read of shared memory",
@@ -157,12 +152,12 @@ class SharedChecks:
         shadow.words.record_read(at, ticket.agent, ticket.clock)
 
     def store_reads(self, ticket: Ticket, rank: int, offset: int, size: int) -> None:
-        self._async_read(ticket, rank, slice(offset >> 2, offset + size >> 2), "bulk store")
+        self.async_smem_read(ticket, rank, slice(offset >> 2, offset + size >> 2), "bulk store")
 
     def copy_reads(self, ticket: Ticket, rank: int, offset: int, size: int, barrier) -> None:
         """The source of a shared-to-shared bulk copy; the copy's mbarrier tells when it has been read."""
         source = Ticket(ticket.view, barrier.agent, barrier.phase + 1, ticket.warp)
-        self._async_read(source, rank, slice(offset >> 2, offset + size >> 2), "bulk copy")
+        self.async_smem_read(source, rank, slice(offset >> 2, offset + size >> 2), "bulk copy")
 
     def async_smem_write(self, ticket: Ticket, rank: int, offset: int, size: int, barrier) -> None:
         shadow = self.smem[rank]

@@ -30,6 +30,17 @@ class Shadow:
         bad = clock[epochs >> SHIFT] < (epochs & MASK)
         return int(epochs[bad].flat[0]) if bad.any() else 0
 
+    def scan(self, at, clock: np.ndarray) -> tuple[int, bool]:
+        """(`write_conflict`, whether some word was never written), for a read."""
+        epochs = self.writes[at]
+        if epochs.size == 0:
+            return 0, False
+        first = int(epochs.flat[0])
+        if (epochs == first).all():
+            return (first if clock[first >> SHIFT] < first & MASK else 0), first == 0
+        bad = clock[epochs >> SHIFT] < (epochs & MASK)
+        return (int(epochs[bad].flat[0]) if bad.any() else 0), not epochs.all()
+
     def read_conflict(self, at, clock: np.ndarray) -> int:
         for agent, clocks in self.reads.items():
             worst = int(clocks[at].max())
@@ -48,7 +59,7 @@ class SmemShadow:
     """Word shadow of one CTA's shared memory, and a byte shadow once something narrower than a word is
     accessed."""
 
-    __slots__ = ("words", "chunks", "bytes", "size")
+    __slots__ = ("words", "bytes", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size

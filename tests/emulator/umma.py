@@ -15,6 +15,7 @@ import torch
 
 from .numerics import bf16_value, decode_table, fp4_pair_table
 from .report import Fault
+from .shadow import words
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,18 @@ def decode_rows(data: np.ndarray, fmt: str, packed_fp4: bool) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4096)
-def operand_offsets(desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> np.ndarray:
-    """Byte offsets of the 16-byte chunks one instruction reads of an operand."""
-    if not mn_major:
-        return k_major_chunks(desc, rows, 2)
-    return np.unique(mn_major_elements(desc, rows, DEPTH[kind], _ELEMENT_BYTES.get(fmt, 1)) >> 4) << 4
+def operand_words(desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> np.ndarray:
+    """Numbers of the 4-byte words of the 16-byte chunks one instruction reads of an operand."""
+    if mn_major:
+        offsets = np.unique(mn_major_elements(desc, rows, DEPTH[kind], _ELEMENT_BYTES.get(fmt, 1)) >> 4) << 4
+    else:
+        offsets = k_major_chunks(desc, rows, 2)
+    return words(offsets.ravel(), 16)
+
+
+@functools.lru_cache(maxsize=4096)
+def copy_words(desc: SmemDescriptor, rows: int, chunks: int) -> np.ndarray:
+    return words(k_major_chunks(desc, rows, chunks).ravel(), 16)
 
 
 def smem_operand(cta, desc: SmemDescriptor, rows: int, fmt: str, mn_major: bool, kind: str) -> np.ndarray:
@@ -313,12 +321,12 @@ class Mma:
         idesc, group = self.idesc, len(self.ctas)
         rows, layout = accumulator_rows(idesc.m, group, self.ws)
         for cta in self.ctas:
-            check.async_smem_read(ticket, cta, self._b_offsets(group), "matrix B")
+            check.async_smem_read(ticket, cta.rank, self._b_words(group), "matrix B")
             if self.a_in_tmem:
                 check.async_tmem_read(ticket, cta.tmem, _LANE_GROUPS[layout], self.a & 0xFFFF, 8, "matrix A")
             else:
-                offsets = operand_offsets(SmemDescriptor.decode(self.a), rows, idesc.a, idesc.a_mn, self.kind)
-                check.async_smem_read(ticket, cta, offsets, "matrix A")
+                at = operand_words(SmemDescriptor.decode(self.a), rows, idesc.a, idesc.a_mn, self.kind)
+                check.async_smem_read(ticket, cta.rank, at, "matrix A")
             if self.block:
                 halves = group == 2 and idesc.m == 128
                 columns = scale_columns(idesc.n // 2 if halves else idesc.n)
@@ -333,11 +341,10 @@ class Mma:
                 ticket, cta.tmem, _LANE_GROUPS[layout], self.d & 0xFFFF, self._width(layout), self.accumulate
             )
 
-    def _b_offsets(self, group: int) -> np.ndarray:
+    def _b_words(self, group: int) -> np.ndarray:
         idesc = self.idesc
-        return operand_offsets(
-            SmemDescriptor.decode(self.b), idesc.n // group, idesc.b, idesc.b_mn, self.kind
-        )
+        desc = SmemDescriptor.decode(self.b)
+        return operand_words(desc, idesc.n // group, idesc.b, idesc.b_mn, self.kind)
 
     def _width(self, layout: str) -> int:
         return self.idesc.n // {"direct": 1, "sixteens": 1, "halves": 2, "ws32": 4}[layout]
@@ -453,9 +460,9 @@ def expand_narrow(data: np.ndarray, source: str) -> np.ndarray:
 
 def check_copy(ctas: list, address: int, desc_bits: int, shape: str, ticket, check) -> None:
     rows, chunks, _lanes = copy_lanes(shape)
-    offsets = k_major_chunks(SmemDescriptor.decode(desc_bits), rows, chunks)
+    at = copy_words(SmemDescriptor.decode(desc_bits), rows, chunks)
     for cta in ctas:
-        check.async_smem_read(ticket, cta, offsets, "tcgen05.cp source")
+        check.async_smem_read(ticket, cta.rank, at, "tcgen05.cp source")
         check.async_tmem_write(ticket, cta.tmem, slice(0, 8), address & 0xFFFF, chunks * 4, False)
 
 
@@ -471,6 +478,6 @@ def copy_to_tmem(ctas: list, address: int, desc_bits: int, shape: str, source: s
         data = cta.smem.bytes.reshape(-1, 16)[offsets >> 4].reshape(rows, -1)
         if source:
             data = expand_narrow(data, source)
-        words = np.ascontiguousarray(data).view(np.uint32)
+        values = np.ascontiguousarray(data).view(np.uint32)
         for copies in zip(*lanes):
-            cta.tmem.words[np.array(copies), column : column + width] = words
+            cta.tmem.words[np.array(copies), column : column + width] = values
