@@ -286,7 +286,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _ship(arguments: argparse.Namespace) -> int:
     tuned = Table.parse(arguments.table.read_text(encoding="utf-8"))
     path = store.SHIPPED / store.file_name(tuned.gpu)
-    table = (store.load(path) or Table(tuned.gpu)).merged(tuned.entries)
+    table = (store.load(path) or Table(tuned.gpu)).merged([e for e in tuned.entries if not e.rough])
     store.write(path, calibrate.fitted(table))
     print(f"{path}: {_counts(table)}")
     print(calibrate.summary(calibrate.leave_one_out(table)))

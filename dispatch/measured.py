@@ -50,6 +50,12 @@ class Entry:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def rough(self) -> bool:
+        """Whether the time is one host-clock reading of a tactic that was too slow to race: it holds launch overhead,
+        tells to avoid the tactic, and is nothing to fit a model to."""
+        return self.notes.get("l2") == "any"
+
+    @property
     def key(self) -> tuple:
         """What a newer entry must share to replace this one."""
         p = self.problem

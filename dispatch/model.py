@@ -248,7 +248,9 @@ def fit(entries: Sequence[Entry], sm_count: int, bandwidth: float, rate: float) 
     model = Model(sm_count, bandwidth, rate)
     families: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for entry in entries:
-        work = describe(entry.problem, entry.tactic, sm_count, entry.alpha) if entry.seconds else None
+        if not entry.seconds or entry.rough:
+            continue
+        work = describe(entry.problem, entry.tactic, sm_count, entry.alpha)
         if work is not None:
             rows = families.setdefault(work.family, {}).setdefault(work.tile, [])
             rows.append((*model.ideal(work), entry.seconds))
