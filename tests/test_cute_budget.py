@@ -97,7 +97,11 @@ def test_skip_lists_experts_in_shared_memory() -> None:
         ({}, {"split_k": 257}, "split_k 257 exceeds the 256 experts"),
         ({"m": 1 << 21}, {"split_k": STREAM_K}, "2^22 pairs"),
         ({"m": 129}, {"skip": True}, "takes m up to 128 with cluster_m 1; m is 129"),
-        ({"experts": 1024, "k": 1024 * 128}, {"skip": True, "tile_k": 128}, "skip lists up to 512 experts; this problem has 1024"),
+        (
+            {"experts": 1024, "k": 1024 * 128},
+            {"skip": True, "tile_k": 128},
+            "skip lists up to 512 experts; this problem has 1024",
+        ),
         ({"capability": (9, 0)}, {}, "this device is SM 9.0"),
         ({"capability": (12, 0)}, {}, "this device is SM 12.0"),
         ({"device_type": "cpu", "capability": None}, {}, "this device is cpu"),

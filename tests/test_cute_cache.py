@@ -33,7 +33,8 @@ def test_key_names_all_that_matters(monkeypatch) -> None:
         if field.name != "split_k":
             value = getattr(CuteTactic(), field.name)
             changed = not value if isinstance(value, bool) else value * 2
-            others.append(cache.kernel_key(replace(CuteTactic(), **{field.name: changed}), "bfloat16", "sm_100a", "x86_64"))
+            other = replace(CuteTactic(), **{field.name: changed})
+            others.append(cache.kernel_key(other, "bfloat16", "sm_100a", "x86_64"))
     for toolchain in ({"sources": "t", "nvidia-cutlass-dsl": "4.8.1"}, {"sources": "s", "nvidia-cutlass-dsl": "4.9.0"}):
         monkeypatch.setattr(cache, "_toolchain", lambda toolchain=toolchain: toolchain)
         others.append(cache.kernel_key(CuteTactic(), "bfloat16", "sm_100a", "x86_64"))

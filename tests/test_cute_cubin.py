@@ -79,6 +79,7 @@ def test_committed_table() -> None:
 
 
 def test_arch_of_the_cubin(tmp_path) -> None:
-    compiled = compile_kernel(CuteTactic(128, 64, 128), "bfloat16", "sm_103a", options=f"--keep-ptx --dump-dir={tmp_path}")
+    options = f"--keep-ptx --dump-dir={tmp_path}"
+    compiled = compile_kernel(CuteTactic(128, 64, 128), "bfloat16", "sm_103a", options=options)
     text = compiled.artifacts.PTX
     assert ".target sm_103a" in (text.decode() if isinstance(text, bytes) else text)

@@ -121,7 +121,7 @@ def test_schedules_do_not_change_bits() -> None:
 @pytest.mark.parametrize(
     "tactic",
     # Stream-K: whole and divided tiles, the reduction included.
-    [kernel for kernel in (replace(k, split_k=STREAM_K) for k in TACTICS) if kernel.tile_k == 256 and kernel.cluster_n < 4],
+    [replace(k, split_k=STREAM_K) for k in TACTICS if k.tile_k == 256 and k.cluster_n < 4],
     ids=name,
 )
 def test_ten_schedules_do_not_change_bits(tactic) -> None:

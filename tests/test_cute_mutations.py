@@ -61,7 +61,8 @@ MUTATIONS = {
         CuteTactic(128, 256, 256, 1, 1), "cute.arch.fence_view_async_tmem_store()", "pass"
     ),
     "list of experts not awaited": (
-        replace(SPLIT, split_k=STREAM_K, skip=True), "            active[expert] = used\n        cute.arch.sync_threads()\n",
+        replace(SPLIT, split_k=STREAM_K, skip=True),
+        "            active[expert] = used\n        cute.arch.sync_threads()\n",
         "            active[expert] = used\n",
     ),
 }

@@ -23,7 +23,9 @@ from backends.problem import OUT_DTYPES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m backends.cute", description="Compile or inspect the SM100 kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m backends.cute", description="Compile or inspect the SM100 kernels."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("compile", "compile kernels into the cache"), ("inspect", "table of registers, memory, SASS")):
         command = commands.add_parser(name, help=text)
@@ -34,7 +36,9 @@ def main() -> None:
         command.add_argument("--all", action="store_true", help="every tactic, instead of the default ones")
         command.add_argument("--pdl", action="store_true", help="with programmatic dependent launch")
         if name == "compile":
-            command.add_argument("--directory", type=Path, help="default: $FC2_CACHE_DIR/cute or ~/.cache/fc2-dispatch/cute")
+            command.add_argument(
+                "--directory", type=Path, help="default: $FC2_CACHE_DIR/cute or ~/.cache/fc2-dispatch/cute"
+            )
             command.add_argument(
                 "--machine", choices=["x86_64", "aarch64"], default=platform.machine(), help="CPU of the host to run on"
             )

@@ -158,7 +158,9 @@ def check_tactic(tactic: CuteTactic) -> Support:
     if tactic.tile_m == 256 and tactic.cluster_m % 2:
         return Support(False, f"cluster_m is {tactic.cluster_m}; tile_m 256 is shared by two CTAs and needs it even")
     if tactic.split_k < 0:
-        return Support(False, f"split_k is {tactic.split_k}; it is a number of parts, or {STREAM_K} for an even division")
+        return Support(
+            False, f"split_k is {tactic.split_k}; it is a number of parts, or {STREAM_K} for an even division"
+        )
     budget = Budget.of(tactic)
     if budget.ab_stages < 2:
         return Support(False, f"shared memory: {budget.stage_bytes} bytes a stage leave no second one in {SMEM_BYTES}")

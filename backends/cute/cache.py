@@ -1,8 +1,8 @@
 """Compiled kernels on disk, shared by processes: `<directory>/<name>-<key>.o`.
 
-A file is an ELF object followed by a seal, the SHA-256 of its key and its bytes. A file whose seal does not fit, or that
-belongs to another user, is treated as absent. Files appear by atomic rename, and a lock per file keeps processes that
-want the same kernel from all compiling it. Nothing here knows the DSL.
+A file is an ELF object followed by a seal, the SHA-256 of its key and its bytes. A file whose seal does not fit, or
+that belongs to another user, is treated as absent. Files appear by atomic rename, and a lock per file keeps processes
+that want the same kernel from all compiling it. Nothing here knows the DSL.
 """
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32"
 
 
 class Fc2Kernel:
-    """One instance per compiled kernel: everything but M, N, K, E and the division of the work is fixed at compile time.
+    """One instance per compiled kernel. M, N, K, E and the division of the work are run-time arguments.
 
     Args:
         tactic: tile, cluster and PDL choice; `budget.check_tactic` accepts it.
@@ -685,7 +685,7 @@ class Schedule:
         return self._begin(part) // self.count, cute.ceil_div(self._begin(part + 1), self.count)
 
     def at(self, tile, part):
-        """(MMA tile row, MMA tile column, first expert, end of experts) of this CTA; experts count the computed ones."""
+        """(MMA tile row, MMA tile column, first, end) of this CTA; first and end count computed experts."""
         first = cutlass.max(self._begin(part) - tile * self.count, 0)
         last = cutlass.min(self._begin(part + 1) - tile * self.count, self.count)
         row = tile % self.m_tiles * self.rows + self.row
