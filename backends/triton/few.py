@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import decode_activations, load1, load4, multiply1
+from backends.triton.fragments import barrier, decode_activations, load1, load4, multiply1, reinterpret
 
 
 @gluon.jit
@@ -49,7 +49,7 @@ def fc2_few(
         position = count + gl.associative_scan(used, 0, _sum) - used
         gl.store(selected + position, expert, mask=used != 0)
         count += gl.sum(used, 0)
-    gl.thread_barrier()
+    barrier()
     steps = count * CHUNKS
 
     rows32 = gl.cdiv(hidden, 128) * 4
@@ -101,7 +101,7 @@ def fc2_few(
         for half in gl.static_range(2):
             for i in gl.static_range(4):
                 buffer.index(8 * block + 4 * half + i).store(total[block][half][i])
-    parts = buffer._reinterpret(gl.float32, [8 * BLOCKS, 4 * GROUPS, 32], CUBE).load(SPREAD)
+    parts = reinterpret(buffer, gl.float32, [8 * BLOCKS, 4 * GROUPS, 32], CUBE).load(SPREAD)
     sums = gl.sum(parts, 1) * 65536.0
     i = gl.expand_dims(gl.arange(0, 8 * BLOCKS, layout=gl.SliceLayout(1, RESULT)), 1)
     lane = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, RESULT)), 0)

@@ -12,6 +12,25 @@ the second: the order in which two packed words of activations come apart withou
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Gluon is experimental; after Triton 3.6 it renamed three things that the kernels need.
+_RENAMED = gl.constexpr(hasattr(gl, "barrier"))
+#: A barrier of the program's threads.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+#: An asynchronous copy from global to shared memory.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def reinterpret(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as another type, shape and layout."""
+    if _RENAMED:
+        return buffer.reinterpret(dtype, shape, layout)
+    else:
+        return buffer._reinterpret(dtype, shape, layout)
+
+
 
 # Zeroing first makes a predicated-off load well defined; outputs are early-clobber because of it.
 _LOAD4 = gl.constexpr(

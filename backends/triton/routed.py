@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import load4_always, load4_cached, multiply1, multiply2
+from backends.triton.fragments import barrier, load4_always, load4_cached, multiply1, multiply2
 
 _LOAD2 = gl.constexpr(
     "{ .reg .pred p; setp.ge.s32 p, $3, 0; mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; @p ld.global.v2.f32 {$0, $1}, [$2]; }"
@@ -70,7 +70,7 @@ def fc2_routed(
     quad = gl.arange(0, THREADS, layout=gl.SliceLayout(1, QUAD))[:, None] * 4 + gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))[None, :]
     for first in range(0, tokens, 8):
         gl.store(sums + first * ROWS + quad, gl.full([THREADS, 4], 0.0, gl.float32, QUAD), mask=first + quad // ROWS < tokens)
-    gl.thread_barrier()
+    barrier()
     sums += warp * 16 + lane // 4 * 2
 
     columns = gl.cdiv(tokens, 16) * 16

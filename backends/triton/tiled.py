@@ -69,7 +69,7 @@ def fc2_tiled(
     # Loop bounds are compile-time values: the interpreter of Triton 3.6 takes no others with NumPy 2.4 and up.
     for i in range(0, experts_per_split):
         e = part * experts_per_split + i
-        weight = tl.load(alpha + m * EXPERTS + e, mask=in_m & (e < EXPERTS), other=0.0)
+        weight = tl.load(alpha + m * EXPERTS + e, mask=in_m & (e + m * 0 < EXPERTS), other=0.0)
         # An expert that no token of the tile selected contributes nothing, whatever its weights.
         if tl.reduce((weight != 0.0).to(tl.int32), 0, _either) != 0:
             partial = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from backends.triton.fragments import decode_weights
+from backends.triton.fragments import async_load, barrier, decode_weights, reinterpret
 
 
 def _unit_asm() -> str:
@@ -166,7 +166,7 @@ def fc2_warpgroup(
         mbarrier.init(loaded.index(i), count=128)
         mbarrier.init(used.index(i), count=CONSUMERS + PRODUCERS - 1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     rings = (acts, codes, factors, alphas, words, scales, filled, drained, loaded, used)
     share = (first, last, gl.cdiv(tokens, TOKENS))
     sources = (packed, units, w_data, w_scale, alpha_t, blocks)
@@ -257,7 +257,7 @@ def _produce(rings, share, sources, WHICH: gl.constexpr, sizes: gl.constexpr):
             values = gl.reshape(gl.join(gl.join(x0, x2), gl.join(x1, x3)), [QUARTERS, TOKENS, 32])
             values = gl.reshape(gl.permute(values, (1, 0, 2)), [TOKENS, 32 * QUARTERS])
             mbarrier.wait(drained.index(index), phase, pred=step >= STAGES)
-            acts.index(index)._reinterpret(gl.int32, [TOKENS, 32 * QUARTERS], PAIRS).store(values)
+            reinterpret(acts.index(index), gl.int32, [TOKENS, 32 * QUARTERS], PAIRS).store(values)
             fence_async_shared()
             mbarrier.arrive(filled.index(index), count=1)
         if WHICH > 0:
@@ -288,21 +288,21 @@ def _copy(rings, wanted, at, stage, token_tiles, sources, sizes: gl.constexpr):
             where = (gl.arange(0, 4, layout=gl.SliceLayout(1, DATA)) * 1024)[:, None]
             where = where + gl.arange(0, 1024, layout=gl.SliceLayout(0, DATA))[None, :]
             target = words.index(stage).slice(4 * piece, 4, dim=0)
-            async_copy.async_copy_global_to_shared(target, w_data + base * 1024 + where)
+            async_load(target, w_data + base * 1024 + where)
             where = (gl.arange(0, 4, layout=gl.SliceLayout(1, SCALE)) * 128)[:, None]
             where = where + gl.arange(0, 128, layout=gl.SliceLayout(0, SCALE))[None, :]
             target = scales.index(stage).slice(4 * piece, 4, dim=0)
-            async_copy.async_copy_global_to_shared(target, w_scale + base * 128 + where)
+            async_load(target, w_scale + base * 128 + where)
         tile = chunk * token_tiles + token_tile
         where = (gl.arange(0, 4 * TOKENS, layout=gl.SliceLayout(1, CODES)) * 8)[:, None]
         where = where + gl.arange(0, 8, layout=gl.SliceLayout(0, CODES))[None, :]
         base = tile.to(gl.int64) * (4 * TOKENS)
-        async_copy.async_copy_global_to_shared(codes.index(stage), packed + base * 8 + where)
+        async_load(codes.index(stage), packed + base * 8 + where)
         where = gl.arange(0, 4 * TOKENS, layout=LINE)
-        async_copy.async_copy_global_to_shared(factors.index(stage), units + base + where)
+        async_load(factors.index(stage), units + base + where)
         tile = chunk // (sizes[1] // 256) * token_tiles + token_tile
         where = gl.arange(0, TOKENS, layout=LINE)
-        async_copy.async_copy_global_to_shared(alphas.index(stage), alpha_t + tile * TOKENS + where)
+        async_load(alphas.index(stage), alpha_t + tile * TOKENS + where)
         async_copy.mbarrier_arrive(loaded.index(stage), increment_count=False)
     end = (chunk + 1 == CHUNKS).to(gl.int32)
     token_tile += end
