@@ -17,6 +17,7 @@ from typing import Mapping, Optional
 
 from tabulate import tabulate
 
+from backends import registry
 from backends.problem import Fc2Problem
 from bench.contestants import short_name
 from bench.options import GPU_SHAPE
@@ -97,7 +98,8 @@ def _run(arguments: list[str], environment: Mapping[str, str]) -> str:
 
 
 def expectations() -> str:
-    """What "auto" would take on each known GPU at the DeepSeek-V3 shape, and how long it is expected to take."""
+    """What "auto" would take on each known GPU at the DeepSeek-V3 shape, for weights as `dispatch.prepare` leaves
+    them, and how long it is expected to take."""
     shape = GPU_SHAPE
     base = Fc2Problem(1, shape.n, shape.k, shape.experts)
     lines = []
@@ -108,6 +110,9 @@ def expectations() -> str:
             problem = replace(base, m=m, capability=gpu.device.capability)
             try:
                 decision = choose(problem, gpu.device, measured_for(gpu.device))
+                prepared = registry.get(decision.backend).prepared_layout(problem)
+                if prepared:
+                    decision = choose(replace(problem, b_layout=prepared), gpu.device, measured_for(gpu.device))
             except UnavailableError as error:
                 lines.append((gpu.name, m, str(error).splitlines()[-1].strip(), "", "", ""))
                 continue
