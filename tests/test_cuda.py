@@ -35,14 +35,17 @@ def operands(m: int, n: int, experts: int, inner: int, kind: str, layout: str = 
 
 
 def forms(a, b, alpha, name: str) -> list:
-    """b as it is and as the backend prepares it, those of them that the backend takes; skips the test if none."""
+    """b as it is and as this backend prepares it, those of them that the backend takes; skips the test if none."""
     taken, reason = [], ""
-    for weights in dict.fromkeys((b, dispatch.prepare(b, alpha.shape[1]))):
+    for prepare in (lambda: b, lambda: dispatch.prepare(b, alpha.shape[1], name)):
         try:
+            weights = prepare()
             dispatch.explain(a, weights, alpha, name)
-            taken.append(weights)
         except dispatch.UnavailableError as refusal:
             reason = str(refusal)
+        else:
+            if weights not in taken:
+                taken.append(weights)
     if not taken:
         pytest.skip(reason)
     return taken
