@@ -107,7 +107,7 @@ def main() -> None:
         for tactic in rules.tactics(problem):
             for name, kernel in compile_for(problem, tactic, capability).items():
                 cubin = kernel.asm["cubin"]
-                if name in ("gather_tokens", "finish") or (name, cubin) in seen:
+                if name in ("list_tokens", "gather_tokens", "finish") or (name, cubin) in seen:
                     continue
                 seen.add((name, cubin))
                 rows.append(describe(name, tactic, cubin))

@@ -63,11 +63,17 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
     swizzled = problem.a_layout == "128x4"
     tiling = dense_tiling(problem.m, problem.n, problem.k)
     kernels = {
+        "list_tokens": _compile(
+            plan.list_tokens, capability,
+            dict(alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS, alpha_t=_FLOATS, tokens="i32",
+                 columns="i32"),
+            dict(EXPERTS=problem.experts, BLOCK=128, OVERLAP=overlap),
+            launch_pdl=overlap,
+        ),
         "gather_tokens": _compile(
             plan.gather_tokens, capability,
-            dict(a_data=_WORDS, a_scale=_BYTES, alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
-                 alpha_t=_FLOATS, gathered=_WORDS, tokens="i32", columns="i32"),
-            dict(EXPERTS=problem.experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, BLOCK=128, ROWS=8, OVERLAP=overlap),
+            dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, token_of=_WORDS, gathered=_WORDS, tokens="i32"),
+            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=has_dense, OVERLAP=overlap),
             launch_pdl=overlap,
         ),
         "fc2_routed": _compile(

@@ -37,27 +37,22 @@ def _wait_for_predecessor():
 
 
 @triton.jit(do_not_specialize=["tokens", "columns"])
-def gather_tokens(
-    a_data, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
-    EXPERTS: tl.constexpr, INNER: tl.constexpr, A_SWIZZLED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def list_tokens(
+    alpha, counts, token_of, weight_of, alpha_t, tokens, columns, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Per expert (one program each): its tokens in ascending order, their alpha and their decoded activations.
+    """Per expert (one program each): its tokens in ascending order and their alpha.
 
     Args:
-        a_data: int32 view of [tokens, K/2] bytes.
         counts: int32 [EXPERTS].
         token_of, weight_of: int32 and float32 [EXPERTS, tokens rounded up to 16]; row e holds counts[e] of them, then
             tokens -1 up to a multiple of 16.
         alpha_t: float32 [EXPERTS, columns], alpha transposed, then zeros.
-        gathered: int32 [EXPERTS, eights of tokens, INNER / 64 quarters, word 2, token 8, lane t 4, pair 4], float16 pairs
-            2^-8 of the values, in the order of the right operand; padding tokens are not written.
     """
     if OVERLAP:
         _wait_for_predecessor()
     e = tl.program_id(0)
-    width = (tokens + 15) // 16 * 16
-    row_of = e.to(tl.int64) * width
+    row_of = e.to(tl.int64) * ((tokens + 15) // 16 * 16)
     count = 0
     for first in range(0, columns, BLOCK):
         m = first + tl.arange(0, BLOCK)
@@ -71,12 +66,34 @@ def gather_tokens(
     tl.store(counts + e, count)
     pad = count + tl.arange(0, 16)
     tl.store(token_of + row_of + pad, pad * 0 - 1, mask=pad < (count + 15) // 16 * 16)
-    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gather_tokens(
+    a_data, a_scale, counts, token_of, gathered, tokens,
+    EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, INNER: tl.constexpr, A_SWIZZLED: tl.constexpr,
+    ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The decoded activations of each expert's tokens: programs (expert, part of its tokens), nothing if dense.
+
+    Args:
+        a_data: int32 view of [tokens, K/2] bytes.
+        counts, token_of: of `list_tokens`.
+        gathered: int32 [EXPERTS, eights of tokens, INNER / 64 quarters, word 2, token 8, lane t 4, pair 4], float16 pairs
+            2^-8 of the values, in the order of the right operand; padding tokens are not written.
+    """
+    if OVERLAP:
+        _wait_for_predecessor()
+    if is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, HAS_DENSE):
+        return
+    e = tl.program_id(0)
+    row_of = e.to(tl.int64) * ((tokens + 15) // 16 * 16)
+    count = tl.load(counts + e)
     k_words: tl.constexpr = EXPERTS * INNER // 8
     blocks: tl.constexpr = EXPERTS * INNER // 16
     word = tl.arange(0, 32)  # of a 256-value chunk: quarter 4, lane t 4, word 2
     quarter, lane, half = word // 8, word // 2 % 4, word % 2
-    for first in range(0, count, ROWS):
+    for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
         slot = first + tl.arange(0, ROWS)
         m = tl.load(token_of + row_of + slot, mask=slot < count, other=0).to(tl.int64)
         present = (slot < count)[:, None] & (word >= 0)[None, :]

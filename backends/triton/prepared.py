@@ -6,7 +6,7 @@ import torch
 from backends.operand import Nvfp4Tensor, PreparedOperand, round_up
 from backends.problem import Fc2Problem
 from backends.triton.few import fc2_few
-from backends.triton.plan import finish, gather_tokens
+from backends.triton.plan import finish, gather_tokens, list_tokens
 from backends.triton.routed import fc2_routed
 from backends.triton.tactic import CHUNK, PASS_TOKENS, TritonTactic, dense_tiling
 from backends.triton.warpgroup import fc2_warpgroup, pack_activations
@@ -79,10 +79,14 @@ def _gathered(
     packed = scratch(problem.k // 8 if has_dense else 0, columns, dtype=torch.int32)
     units = scratch(problem.k // 64 if has_dense else 0, columns, dtype=torch.int32)
 
-    gather_tokens[(experts,)](
-        words, a_scale, alpha, counts, token_of, weight_of, alpha_t, gathered, tokens, columns,
-        EXPERTS=experts, INNER=inner, A_SWIZZLED=a_swizzled, BLOCK=128, ROWS=8, OVERLAP=overlap,
-        num_warps=4, launch_pdl=overlap,
+    list_tokens[(experts,)](
+        alpha, counts, token_of, weight_of, alpha_t, tokens, columns,
+        EXPERTS=experts, BLOCK=128, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    gather_tokens[(experts, min(4, -(-tokens // 8)))](
+        words, a_scale, counts, token_of, gathered, tokens,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, ROWS=8, HAS_DENSE=has_dense,
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     fc2_routed[(strips, sets)](
         weights, factors, gathered, counts, token_of, weight_of, lists, sums, tokens, hidden,

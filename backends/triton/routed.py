@@ -25,7 +25,7 @@ def fc2_routed(
     into the registers that become free; past the last item that is an item which exists, for nothing.
 
     Args:
-        gathered, counts, token_of, weight_of: of `plan.gather_tokens`.
+        counts, token_of, weight_of: of `plan.list_tokens`; gathered: of `plan.gather_tokens`.
         lists: int32 [SETS, strips, EXPERTS * ceil(tokens / WIDTH)] of scratch.
         sums: float32 [SETS, strips, tokens, 16 * WARPS]; 2^-16 of the part sums, rows g and g + 8 of a warp side by side.
     """
