@@ -9,6 +9,7 @@ import runpy
 import sys
 import time
 
+from .ptx import TARGETS
 from .report import EmulatorError
 from .stand_in import gpu_stand_in
 
@@ -17,7 +18,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator", description=__doc__)
     parser.add_argument("--schedule", choices=("eager", "lazy", "random"), default="eager")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-sms", type=int, default=148)
+    parser.add_argument("--arch", choices=tuple(TARGETS), default="sm_100a")
+    parser.add_argument("--num-sms", type=int, default=None)
     parser.add_argument("--concurrent", type=int, default=None, help="clusters resident at the same time")
     parser.add_argument("--no-checks", action="store_true", help="values only")
     parser.add_argument("file")
@@ -28,7 +30,12 @@ def main() -> int:
     start = time.perf_counter()
     try:
         with gpu_stand_in(
-            options.schedule, options.seed, options.num_sms, not options.no_checks, options.concurrent
+            options.schedule,
+            options.seed,
+            options.num_sms,
+            not options.no_checks,
+            options.concurrent,
+            options.arch,
         ) as report:
             runpy.run_path(options.file, run_name="__main__")
     except EmulatorError as error:

@@ -9,6 +9,7 @@ from typing import Any, Iterable, Literal, Mapping
 from .interception import Launch, host_session
 from .machine import Machine
 from .memory import GlobalMemory
+from .ptx import TARGETS
 from .report import LaunchReport, Report
 from .translate import Program, program
 
@@ -58,7 +59,7 @@ def emulate(
     buffers: Iterable[Any] | Mapping[str, Any] = (),
     schedule: Literal["eager", "lazy", "random"] = "eager",
     seed: int = 0,
-    num_sms: int = 148,
+    num_sms: int | None = None,
     checks: bool = True,
     concurrent: int | None = None,
 ) -> Report:
@@ -74,7 +75,8 @@ def emulate(
     schedule: "eager" (asynchronous work completes at issue), "lazy" (only when nothing else can run) or
         "random".
     seed: of the random schedule; the same seed gives the same run.
-    num_sms: SM count the device reports; also bounds the clusters resident at once.
+    num_sms: SM count the device reports; also bounds the clusters resident at once. Default: 148 for sm_100a,
+        132 for sm_90a.
     checks: happens-before, proxy, initialization and lifetime checks.
     concurrent: clusters run at the same time (default 1, or 4 for "random"); raise it for kernels whose
         clusters wait for
@@ -122,7 +124,7 @@ def emulate_ptx(
     buffers: Mapping[str, Any] | None = None,
     schedule: str = "eager",
     seed: int = 0,
-    num_sms: int = 148,
+    num_sms: int | None = None,
     checks: bool = True,
     concurrent: int | None = None,
 ) -> LaunchReport:
@@ -154,7 +156,7 @@ def run_launch(
     memory: GlobalMemory,
     schedule: str,
     seed: int,
-    num_sms: int,
+    num_sms: int | None,
     checks: bool,
     concurrent: int | None,
 ) -> LaunchReport:
@@ -174,7 +176,7 @@ def _run(
     memory: GlobalMemory,
     schedule: str,
     seed: int,
-    num_sms: int,
+    num_sms: int | None,
     checks: bool,
     concurrent: int | None,
 ) -> LaunchReport:
@@ -186,7 +188,7 @@ def _run(
         memory,
         schedule=schedule,
         seed=seed,
-        num_sms=num_sms,
+        num_sms=num_sms or TARGETS[prog.kernel.target][1],
         checks=checks,
         concurrent=concurrent,
     )

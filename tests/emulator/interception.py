@@ -16,13 +16,15 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
+from .ptx import TARGETS
+
 _ptr, _i32, _i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 # Device attributes the host code asks for (CUDA runtime enum cudaDeviceAttr).
 _ATTR_SM_COUNT = 16
 _ATTR_CC_MAJOR, _ATTR_CC_MINOR = 75, 76
 _ATTR_SMEM_OPTIN = 97
-SMEM_OPTIN_BYTES = 232448
+SMEM_OPTIN_BYTES = 232448  # 227 KiB on both targets
 # Launch attributes (CUDA runtime enum cudaLaunchAttributeID).
 _LAUNCH_ATTR_CLUSTER = 4
 
@@ -62,7 +64,7 @@ class Launch:
 class _Session:
     """What the callbacks act on while an emulated host function runs."""
 
-    num_sms: int
+    num_sms: int | None
     on_launch: Callable[[str, Launch], None]
     error: BaseException | None = None
     launches: int = 0
@@ -75,6 +77,7 @@ _session: list[_Session] = []
 class _HostApi:
     """The ctypes callbacks of one engine; they must outlive it, so the engine holds this object."""
 
+    arch: str
     ptx: str | None = None
     callbacks: list = field(default_factory=list)
     kernel_names: list = field(default_factory=list)
@@ -129,11 +132,12 @@ class _HostApi:
         return 0
 
     def _device_attribute(self, value: int, attribute: int, _device: int) -> int:
+        (major, minor), sms = TARGETS[self.arch]
         known = {
-            _ATTR_CC_MAJOR: 10,
-            _ATTR_CC_MINOR: 0,
+            _ATTR_CC_MAJOR: major,
+            _ATTR_CC_MINOR: minor,
             _ATTR_SMEM_OPTIN: SMEM_OPTIN_BYTES,
-            _ATTR_SM_COUNT: _session[-1].num_sms if _session else 148,
+            _ATTR_SM_COUNT: _session[-1].num_sms if _session and _session[-1].num_sms else sms,
         }
         if attribute not in known:
             raise NotImplementedError(f"the host code asks for CUDA device attribute {attribute}")
@@ -249,7 +253,7 @@ def _guarded(method: Callable[..., int]) -> Callable[..., int]:
 
 
 @contextlib.contextmanager
-def host_session(num_sms: int, on_launch: Callable[[str, Launch], None]) -> Iterator[None]:
+def host_session(num_sms: int | None, on_launch: Callable[[str, Launch], None]) -> Iterator[None]:
     """Route launches to `on_launch(ptx, launch)`; an exception raised by it is raised on leaving the
     context."""
     session = _Session(num_sms, on_launch)
@@ -268,10 +272,13 @@ def host_session(num_sms: int, on_launch: Callable[[str, Launch], None]) -> Iter
 
 @contextlib.contextmanager
 def compile_target(arch: str = "sm_100a") -> Iterator[None]:
-    """Inside: `cute.compile` builds for `arch` without a GPU, keeps the PTX and makes its launches emulable.
+    """Inside: `cute.compile` builds for `arch` ("sm_100a" or "sm_90a") without a GPU, keeps the PTX and makes
+    its launches emulable.
 
     Settings of the DSL are restored on leaving. The compiled functions remain valid afterwards.
     """
+    if arch not in TARGETS:
+        raise ValueError(f"arch {arch!r}: the emulator models {' and '.join(TARGETS)}")
     from cutlass._mlir import execution_engine
     from cutlass.base_dsl.jit_executor import JitCompiledFunction
     from cutlass.cutlass_dsl import CuTeDSL
@@ -292,7 +299,7 @@ def compile_target(arch: str = "sm_100a") -> Iterator[None]:
 
     def engine_init(self: object, *args: object, **kwargs: object) -> None:
         make_engine(self, *args, **kwargs)
-        api = _HostApi()
+        api = _HostApi(arch)
         api.register(self)
         self._emulator_api = api
 

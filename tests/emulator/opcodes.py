@@ -14,6 +14,9 @@ from .report import PtxError
 
 BLOCKED, HOLD, EXIT = -1, -2, -3
 
+# Families that exist on one target only.
+_TARGET_OF = {"tcgen05": "sm_100a", "clusterlaunchcontrol": "sm_100a", "wgmma": "sm_90a"}
+
 
 @dataclass(frozen=True)
 class Opcode:
@@ -58,6 +61,7 @@ FAMILIES = (
     "isa_bulk",
     "isa_tcgen05",
     "isa_clc",
+    "isa_mma",
 )
 
 
@@ -67,8 +71,11 @@ def load_families() -> None:
         importlib.import_module(f".{name}", __package__)
 
 
-def lookup(instr: Instr) -> Opcode:
+def lookup(instr: Instr, target: str = "") -> Opcode:
     parts = instr.parts
+    only = _TARGET_OF.get(parts[0])
+    if target and only and only != target:
+        raise PtxError(f"line {instr.line}: {parts[0]} exists on {only}, the target is {target}: {instr.text}")
     for n in range(min(len(parts), 6), 0, -1):
         found = OPCODES.get(".".join(parts[:n]))
         if found:

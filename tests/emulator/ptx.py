@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 from .report import PtxError
 
+# Modelled targets: compute capability, and the number of SMs (of a B200; of an H100 SXM or H200).
+TARGETS = {"sm_100a": ((10, 0), 148), "sm_90a": ((9, 0), 132)}
+
 _WIDTHS = {
     "pred": 1,
     "b8": 8,
@@ -119,6 +122,7 @@ class Variable:
 class Kernel:
     name: str
     params: list[Variable]
+    target: str  # of the module: sm_100a or sm_90a
     instrs: list[Instr] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # label -> index of the instruction that follows it
     variables: dict[str, Variable] = field(default_factory=dict)  # shared, local, global, const
@@ -170,6 +174,10 @@ def _match_brace(text: str, start: int) -> int:
 def parse_module(text: str) -> dict[str, Kernel]:
     """All `.entry` kernels of a PTX module by name, each with the module's variables."""
     source = _strip_comments(text)
+    directive = re.search(r"^\s*\.target\s+(\w+)", source, re.M)
+    target = directive.group(1) if directive else "none"
+    if target not in TARGETS:
+        raise PtxError(f".target {target}: the emulator models {' and '.join(TARGETS)}")
     kernels: dict[str, Kernel] = {}
     bodies: list[tuple[int, int]] = []
     pos = 0
@@ -182,7 +190,7 @@ def parse_module(text: str) -> dict[str, Kernel]:
         end = _match_brace(source, brace)
         bodies.append((match.start(), end + 1))
         if match.group(1) == "entry":
-            kernel = _parse_kernel(source, match.end(), brace, end)
+            kernel = _parse_kernel(source, target, match.end(), brace, end)
             kernels[kernel.name] = kernel
         pos = end + 1
     outside = "".join(
@@ -194,7 +202,7 @@ def parse_module(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-def _parse_kernel(source: str, head: int, brace: int, end: int) -> Kernel:
+def _parse_kernel(source: str, target: str, head: int, brace: int, end: int) -> Kernel:
     header = source[head:brace]
     name = re.match(r"\s*([$\w]+)", header).group(1)
     params, offset = [], 0
@@ -206,7 +214,7 @@ def _parse_kernel(source: str, head: int, brace: int, end: int) -> Kernel:
         offset = -(-offset // alignment) * alignment
         params.append(Variable(param, "param", size, alignment, offset))
         offset += size
-    kernel = Kernel(name, params, param_bytes=offset)
+    kernel = Kernel(name, params, target, param_bytes=offset)
     reqntid = re.search(r"\.reqntid\s+([\d,\s]+)", header)
     if reqntid:
         kernel.reqntid = tuple(int(v) for v in reqntid.group(1).split(","))

@@ -410,13 +410,15 @@ DECLARATIONS = """
 """
 
 
-def kernel(body: str, params: str = ".param .u64 out") -> str:
+def kernel(body: str, params: str = ".param .u64 out", target: str = "sm_100a") -> str:
     """PTX of an entry `k` with registers %p, %h, %r, %f, %d, %q and the given body."""
-    return HEADER + f".visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
+    return HEADER.replace("sm_100a", target) + f".visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
 
 
-def run(body: str, *args: object, params: str = ".param .u64 out", **options: object) -> LaunchReport:
-    return emulate_ptx(kernel(body, params), "k", args, **options)
+def run(
+    body: str, *args: object, params: str = ".param .u64 out", target: str = "sm_100a", **options: object
+) -> LaunchReport:
+    return emulate_ptx(kernel(body, params, target), "k", args, **options)
 
 
 def ints(count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .api import run_launch
 from .interception import Launch, compile_target, host_session
 from .memory import GlobalMemory
 from .numerics import decode_table
+from .ptx import TARGETS
 from .report import Report
 from .tvm_ffi_calls import native_calls
 
@@ -89,9 +90,10 @@ def _live_tensors(memory: GlobalMemory) -> None:
 def gpu_stand_in(
     schedule: str = "eager",
     seed: int = 0,
-    num_sms: int = 148,
+    num_sms: int | None = None,
     checks: bool = True,
     concurrent: int | None = None,
+    arch: str = "sm_100a",
 ) -> Iterator[Report]:
     """Inside, "cuda" tensors are CPU tensors and every CuTe DSL launch is emulated; yields the report that
     collects them."""
@@ -103,6 +105,8 @@ def gpu_stand_in(
     from cutlass.utils import HardwareInfo
 
     report = Report(schedule, seed)
+    (major, minor), default_sms = TARGETS[arch]
+    num_sms = num_sms or default_sms
 
     def on_launch(ptx: str, launch: Launch) -> None:
         memory = GlobalMemory()
@@ -112,7 +116,7 @@ def gpu_stand_in(
     success = driver.CUresult.CUDA_SUCCESS
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda _s: None)
     properties = types.SimpleNamespace(
-        multi_processor_count=num_sms, major=10, minor=0, name="emulated SM100", total_memory=1 << 36
+        multi_processor_count=num_sms, major=major, minor=minor, name=f"emulated {arch}", total_memory=1 << 36
     )
     event = types.SimpleNamespace(
         record=lambda *_a: None, synchronize=lambda: None, elapsed_time=lambda _e: 1.0, wait=lambda *_a: None
@@ -129,7 +133,7 @@ def gpu_stand_in(
             current_device=lambda: 0,
             set_device=lambda *_a: None,
             init=lambda: None,
-            get_device_capability=lambda *_a: (10, 0),
+            get_device_capability=lambda *_a: (major, minor),
             get_device_name=lambda *_a: properties.name,
             get_device_properties=lambda *_a: properties,
             empty_cache=lambda: None,
@@ -141,7 +145,7 @@ def gpu_stand_in(
             __init__=lambda self, *_a, **_k: None,
             get_max_active_clusters=lambda self, size, *_a: num_sms // size,
             get_device_multiprocessor_count=lambda self: num_sms,
-            get_l2_cache_size_in_bytes=lambda self: 126 << 20,
+            get_l2_cache_size_in_bytes=lambda self: (126 if major == 10 else 50) << 20,
         ),
         driver: dict(
             cuInit=lambda _flags: (success,),
@@ -172,7 +176,7 @@ def gpu_stand_in(
         for owner, table in patches.items():
             stack.enter_context(mock.patch.multiple(owner, create=True, **table))
         stack.enter_context(_CudaIsCpu())
-        stack.enter_context(compile_target())
+        stack.enter_context(compile_target(arch))
         stack.enter_context(native_calls())
         stack.enter_context(host_session(num_sms, on_launch))
         yield report

@@ -349,7 +349,7 @@ def translate(kernel: Kernel) -> Program:
                 recorder.read(instr.operands[0], "i")
         else:
             try:
-                lookup(instr).emit(recorder, instr)
+                lookup(instr, kernel.target).emit(recorder, instr)
             except PtxError:
                 raise
             except Exception as error:
