@@ -91,8 +91,12 @@ class Fc2Backend(ABC):
             out: [M, N], contiguous, of `problem.out_dtype`; every element is written.
         """
 
-    def prepare(self, b: Nvfp4Tensor) -> Operand:
-        """B in the order this backend reads fastest; b itself where that is the plain form."""
+    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
+        """B in the order this backend reads fastest; b itself where that is the plain form.
+
+        Args:
+            in_place: write into b's own memory and empty b (`Nvfp4Tensor.empty`) instead of allocating.
+        """
         return b
 
     def prepared_layout(self, problem: Fc2Problem) -> str:

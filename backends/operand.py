@@ -155,6 +155,12 @@ class Nvfp4Tensor:
             return replace(self, scale=linear_scale(self.scale, rows, 0, k // BLOCK).contiguous(), layout=layout)
         raise ValueError(f"layout is {layout!r}; accepted: {', '.join(map(repr, LAYOUTS))}")
 
+    def empty(self) -> None:
+        """Let go of the memory, which now holds something else: the operand keeps its K and has no rows."""
+        object.__setattr__(self, "data", self.data.new_empty((0, self.data.shape[1])))
+        object.__setattr__(self, "scale", self.scale.new_empty((0, self.scale.shape[1])))
+        self.__dict__.pop("kind", None)
+
     def decode(
         self, columns: Optional[slice] = None, rows: Optional[slice] = None, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:

@@ -60,21 +60,24 @@ def fc2(
     return run_fc2(a, b, alpha, backend, out_dtype, out, tactic)
 
 
-def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto") -> Operand:
+def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto", *, in_place: bool = False) -> Operand:
     """Weights in the order the backend reads fastest; do it once, at load.
 
     Args:
         b: weights [N, K].
         experts: E, the columns of the alpha that will go with them.
         backend: the one that will run them; "auto" takes the first that can run on b's device.
+        in_place: write the result into b's own memory, so that the weights are never held twice on the device. A b so
+            overwritten is emptied: it has no rows from then on, and `fc2` refuses it. N must be a multiple of 128.
 
     Returns:
         An operand for `fc2`, or b itself where the backend has no better order. One that `b.layout` marks as
-        "backend/form" can be read by that backend only, and `backends.get(name).unprepare` is the exact inverse. It
-        holds copies: drop b to free its memory.
+        "backend/form" can be read by that backend only, and `backends.get(name).unprepare` is the exact inverse. Without
+        `in_place` it holds copies: drop b to free its memory.
 
     Raises:
-        ArgumentError: unknown backend, or K is not a multiple of 16 * experts.
+        ArgumentError: unknown backend, K is not a multiple of 16 * experts, or weights that the fast order cannot hold
+            (negative scale factors; N with `in_place`).
         UnavailableError: the named backend cannot run these weights on this device.
     """
     if b.shape[1] % (BLOCK * experts):
@@ -89,7 +92,10 @@ def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto") -> Operand:
         ready = replace(plain, b_layout=layout)
         support = chosen.is_automatic(device) if backend == "auto" else chosen.is_supported(device)
         if support and chosen.can_implement(ready, chosen.default_tactic(ready)):
-            return chosen.prepare(b) if layout != b.layout else b
+            try:
+                return chosen.prepare(b, in_place) if layout != b.layout else b
+            except ValueError as error:
+                raise ArgumentError(str(error)) from error
     choose(plain, device, backend=backend)  # raises with the reasons, unless the plain form runs
     return b
 

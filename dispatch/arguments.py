@@ -32,6 +32,8 @@ def check_operands(a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor) -> None:
         )
     if b.shape[1] != k:
         raise ArgumentError(f"b has K = {b.shape[1]} and a has K = {k}; both take [rows, K] with the same K")
+    if b.shape[0] == 0:
+        raise ArgumentError("b has no rows; if it was prepared in place, pass what prepare(b, experts) returned")
     experts = alpha.shape[1]
     if k % experts:
         raise ArgumentError(f"K = {k} is not divisible by E = {experts} (alpha has {experts} columns, one per expert)")

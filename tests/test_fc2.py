@@ -164,7 +164,7 @@ def test_prepare_makes_what_the_device_would_run(monkeypatch):
     made = []
     for name in ("cute", "triton"):
         backend = backends.get(name)
-        monkeypatch.setattr(type(backend), "prepare", lambda self, b: made.append(self.name) or b)
+        monkeypatch.setattr(type(backend), "prepare", lambda self, b, in_place: made.append(self.name) or b)
         monkeypatch.setattr(type(backend), "is_supported", lambda self, device: SUPPORTED)
     _, linear = make_operands(1, 64, 6 * 256, seed=0, layout="linear")
     _, swizzled = make_operands(1, 64, 6 * 256, seed=0)

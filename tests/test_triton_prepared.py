@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import dispatch
 from backends import DeviceInfo, Fc2Problem, Nvfp4Tensor
 from backends.triton import layout
 from backends.triton.backend import TritonBackend
@@ -56,6 +57,27 @@ def test_global_scale_is_kept():
 def test_size_is_that_of_the_plain_form():
     _, b = make_operands(1, 256, 512, 3)
     assert layout.prepare(b).nbytes == b.nbytes == 256 * 512 * 9 // 16
+
+
+@pytest.mark.parametrize("scale_layout", ["128x4", "linear"])
+def test_prepare_in_place_writes_into_the_same_memory(scale_layout):
+    _, b = make_operands(1, 640, 512, 7, scale_layout)
+    expected = layout.prepare(b)
+    kind, addresses = b.kind, (b.data.data_ptr(), b.scale.data_ptr())
+    prepared = TritonBackend().prepare(b, in_place=True)
+    assert torch.equal(prepared.data, expected.data) and torch.equal(prepared.scale, expected.scale)
+    assert (prepared.data.data_ptr(), prepared.scale.data_ptr()) == addresses
+    assert b.shape == (0, 512) and b.kind != kind and prepared.shape == (640, 512)
+    a, _ = make_operands(1, 640, 512, 8)
+    with pytest.raises(dispatch.ArgumentError, match="prepared in place"):
+        dispatch.fc2(a, b, torch.ones(1, 2))
+
+
+def test_prepare_in_place_needs_whole_blocks_of_rows():
+    _, b = make_operands(1, 200, 512, 9)
+    with pytest.raises(ValueError, match="N = 200; in_place needs a multiple of 128"):
+        TritonBackend().prepare(b, in_place=True)
+    assert b.shape == (200, 512)
 
 
 def test_negative_scale_factors_are_refused():

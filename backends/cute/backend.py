@@ -110,7 +110,7 @@ class CuteBackend(Fc2Backend):
         floats = division.workspace_floats(problem, tactic)
         return self._launchers[_kernel_id(problem, tactic)], sizes, budget.output_tiles(problem, tactic), floats
 
-    def prepare(self, b: Nvfp4Tensor) -> Nvfp4Tensor:
+    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Nvfp4Tensor:
         """B with "128x4" scale factors, the plain layout that TMA loads; b itself where it has them."""
         return b.to_layout("128x4")
 

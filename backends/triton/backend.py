@@ -87,13 +87,13 @@ class TritonBackend(Fc2Backend):
             prepared.run(problem, tactic, a, b, alpha, out)
         self._compiled.add(_kernel_key(problem, tactic))
 
-    def prepare(self, b: Nvfp4Tensor) -> Operand:
+    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
         """B in the order of the fast kernels (`layout.py`); b itself where K is not a multiple of 256.
 
         Raises:
-            ValueError: b has negative scale factors.
+            ValueError: b has negative scale factors, or `in_place` and N is not a multiple of 128.
         """
-        return b if b.shape[1] % rules.CHUNK else layout.prepare(b)
+        return b if b.shape[1] % rules.CHUNK else layout.prepare(b, in_place)
 
     def prepared_layout(self, problem: Fc2Problem) -> str:
         fast = replace(problem, b_layout=PREPARED)

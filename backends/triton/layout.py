@@ -31,24 +31,45 @@ _MAGNITUDE = (9, 6, 3, 0)
 _STEP = 512
 
 
-def prepare(b: Nvfp4Tensor) -> PreparedOperand:
-    """B permuted. Working memory beside the result is about 150 MB at K = 65536.
+def prepare(b: Nvfp4Tensor, in_place: bool = False) -> PreparedOperand:
+    """B permuted. Working memory on its device, beside the result, is about 150 MB at K = 65536.
+
+    Args:
+        in_place: write into b's own memory, with the original passing through the host's; b is emptied. Needs N to be a
+            multiple of 128.
 
     Raises:
-        ValueError: a negative scale factor, which this form cannot hold.
+        ValueError: a negative scale factor, which this form cannot hold, or rows that leave no room for padding.
     """
     rows, k = b.shape
-    blocks = round_up(rows, PADDING) // ROWS
-    data = torch.empty((k // CHUNK, blocks, 4, 2, 32, 4), dtype=torch.int32, device=b.device)
-    scale = torch.empty((k // CHUNK, blocks, 32, 4), dtype=torch.int32, device=b.device)
-    plain = b.scale if b.layout == "linear" else linear_scale(b.scale, rows, 0, k // 16)
-    if bool((plain >= 128).any()):
+    if in_place and rows % PADDING:
+        raise ValueError(f"b has N = {rows}; in_place needs a multiple of {PADDING}, or the padding has no room")
+    if bool((_linear(b.scale, b, 0, rows) >= 128).any()):
         raise ValueError("b has negative scale factors, which the prepared form cannot hold; pass b as it is")
+    blocks = round_up(rows, PADDING) // ROWS
+    data_shape, scale_shape = (k // CHUNK, blocks, 4, 2, 32, 4), (k // CHUNK, blocks, 32, 4)
+    if in_place:
+        source = b.data.to("cpu", copy=True), b.scale.to("cpu", copy=True)
+        data, scale = b.data.view(torch.int32).view(data_shape), b.scale.view(torch.int32).view(scale_shape)
+        b.empty()
+    else:
+        source = b.data, b.scale
+        data = torch.empty(data_shape, dtype=torch.int32, device=b.device)
+        scale = torch.empty(scale_shape, dtype=torch.int32, device=b.device)
     for start in range(0, rows, _STEP):
+        stop = min(start + _STEP, rows)
         part = slice(start // ROWS, (start + _STEP) // ROWS)
-        data[:, part] = _pack_data(_padded(b.data[start : start + _STEP])).transpose(0, 1)
-        scale[:, part] = _pack_scale(_padded(plain[start : start + _STEP])).transpose(0, 1)
-    return PreparedOperand("triton", FORM, b.shape, data.view(torch.uint8), scale.view(torch.uint8), b.global_scale)
+        codes, factors = source[0][start:stop].to(b.device), _linear(source[1], b, start, stop).to(b.device)
+        data[:, part] = _pack_data(_padded(codes)).transpose(0, 1)
+        scale[:, part] = _pack_scale(_padded(factors)).transpose(0, 1)
+    return PreparedOperand("triton", FORM, (rows, k), data.view(torch.uint8), scale.view(torch.uint8), b.global_scale)
+
+
+def _linear(scale: torch.Tensor, b: Nvfp4Tensor, start: int, stop: int) -> torch.Tensor:
+    """Scale factor bytes of rows [start, stop), start a multiple of 128, in the "linear" layout."""
+    if b.layout == "linear":
+        return scale[start:stop]
+    return linear_scale(scale[start : round_up(stop, 128)], stop - start, 0, scale.shape[1])
 
 
 def zeros(rows: int, k: int, device: torch.device) -> PreparedOperand:
