@@ -201,6 +201,11 @@ class SharedChecks:
     def issue_copy(self, w) -> Ticket:
         return Ticket(self._view(w), 0, 0, w, w.clock[: self.size].copy(), w.foreign)
 
+    def issue_store_async(self, w) -> Ticket:
+        """st.async writes through the generic proxy: no proxy fence is needed before it."""
+        clock = w.clock[: self.size].copy()
+        return Ticket(clock, 0, 0, w, clock, w.foreign)
+
     def issue_store(self, w, op) -> Ticket:
         op.clock = w.groups_committed + 1
         return Ticket(self._view(w), self.store_base + w.slot, op.clock, w, foreign=w.foreign)

@@ -77,8 +77,8 @@ _session: list[_Session] = []
 class _HostApi:
     """The ctypes callbacks of one engine; they must outlive it, so the engine holds this object."""
 
-    arch: str
     ptx: str | None = None
+    arch: str = "sm_100a"
     callbacks: list = field(default_factory=list)
     kernel_names: list = field(default_factory=list)
 
@@ -299,7 +299,7 @@ def compile_target(arch: str = "sm_100a") -> Iterator[None]:
 
     def engine_init(self: object, *args: object, **kwargs: object) -> None:
         make_engine(self, *args, **kwargs)
-        api = _HostApi(arch)
+        api = _HostApi(arch=arch)
         api.register(self)
         self._emulator_api = api
 

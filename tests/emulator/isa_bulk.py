@@ -8,8 +8,8 @@ from . import tma
 from .memory import RANK_SHIFT, SHARED_WINDOW
 from .opcodes import modifiers, op, runtime
 from .operands import one, shared_place, signed_coordinate, tensor_map
-from .ptx import Instr, Mem
-from .report import Fault
+from .ptx import Instr, Mem, Vec
+from .report import Fault, PtxError
 from .values import LANES, spread
 
 _HINT = {"L2::cache_hint"}
@@ -312,6 +312,49 @@ def bulk(e, instr: Instr) -> None:
         f"{e.address(source)}, "
         f"{e.read(size, 'i')}, {barrier}, {multicast}, {reduce!r}, {dtype!r}, {e.mask})"
     )
+
+
+@runtime
+def store_async(w, address, values, size, barrier, mask):
+    """st.async: each lane stores into a CTA of the cluster and credits the bytes to an mbarrier there."""
+    cluster, check, step = w.cta.cluster, w.check, size * len(values)
+    lanes_ = LANES.tolist() if mask is None else np.flatnonzero(mask).tolist()
+    to, bars = spread(address).tolist(), spread(barrier).tolist()
+    columns = [spread(v, np.uint64).tolist() for v in values]
+    for lane in lanes_:
+        (rank, offset), (brank, boffset) = shared_place(to[lane]), shared_place(bars[lane])
+        if offset % step:
+            raise Fault(f"misaligned st.async of {step} bytes to shared offset {offset:#x}")
+        if rank != brank:
+            raise Fault(f"st.async to CTA rank {rank} signals an mbarrier of CTA rank {brank}; it must be the same")
+        smem = cluster.smem(rank)
+        smem.check(offset, offset + step, "st.async")
+        target = cluster.mbarrier(brank << RANK_SHIFT | boffset, "st.async")
+        if check:
+            check.async_smem_write(check.issue_store_async(w), rank, offset, step, target)
+        data = b"".join(int(c[lane]).to_bytes(size, "little") for c in columns)
+
+        def copy(smem=smem, offset=offset, data=np.frombuffer(data, np.uint8)) -> None:
+            smem.bytes[offset : offset + step] = data
+
+        land(w, cluster, [target], step, copy)
+    w.machine.counters["st.async"] += 1
+
+
+@op("st.async")
+def st_async(e, instr: Instr) -> None:
+    sizes = {"b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}
+    mods = modifiers(
+        instr, 2, {*sizes, "weak", "shared::cluster", "mbarrier::complete_tx::bytes", "v2", "v4"}
+    )
+    if "mbarrier::complete_tx::bytes" not in mods:
+        raise PtxError(f"line {instr.line}: unsupported: {instr.text}")
+    mem, source, barrier = instr.operands
+    size = sizes[instr.parts[-1]]
+    items = source.items if isinstance(source, Vec) else (source,)
+    values = ", ".join(e.read(x, "q" if size == 8 else "i", 8 * size) for x in items)
+    e.line(f"w.line = {instr.line}")
+    e.line(f"store_async(w, {e.address(mem)}, [{values}], {size}, {e.address(barrier)}, {e.mask})")
 
 
 # -- groups ------------------------------------------------------------------------------------------------

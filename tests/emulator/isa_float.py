@@ -43,17 +43,31 @@ def widen(kind, x):
     return out if out.ndim else np.float32(out)
 
 
-_EXACT = {
-    "add": "a + b",
-    "sub": "a - b",
-    "mul": "a * b",
-    "fma": "np.float64(1) * a * b + c",
-    "neg": "-a",
-    "abs": "abs(a)",
-    "min": "np.fmin(a, b)",
-    "max": "np.fmax(a, b)",
-    "div": "a / b",
+_HALF_ARITHMETIC = {
+    "add": N.sum_to_odd,
+    "sub": lambda a, b: N.sum_to_odd(a, -b),
+    "mul": np.multiply,  # exact in float64, as is the product of fma
+    "fma": lambda a, b, c: N.sum_to_odd(a * b, c),
+    "neg": np.negative,
+    "abs": np.abs,
+    "min": np.fmin,
+    "max": np.fmax,
+    "min.NaN": np.minimum,
+    "max.NaN": np.maximum,
 }
+
+
+@runtime
+def half_arithmetic(name, kind, packed, limit, *operands):
+    """f16/bf16 arithmetic, one or two values per register, each rounded once; `limit` is .relu or .sat."""
+    out = _HALF_ARITHMETIC[name](*(N.half_values(kind, x) for x in operands))
+    if limit == "relu":
+        out = np.maximum(out, 0)
+    elif limit == "sat":
+        out = np.where(np.isnan(out), 0, np.clip(out, 0, 1))
+    bits = N.half_pairs(kind, out)
+    bits = bits if packed else bits & 0xFFFF
+    return bits if len(bits) == 32 else int(bits[0])
 
 
 def _check_rounding(instr: Instr, mods: set[str]) -> None:
@@ -87,18 +101,13 @@ def arithmetic(e, instr: Instr) -> None:
         raise PtxError(f"line {instr.line}: unsupported number of operands: {instr.text}")
     if kind in ("f16", "bf16", "f16x2", "bf16x2"):
         _check_rounding(instr, mods)
-        bits = 32 if kind.endswith("x2") else 16
-        args = [e.read(s, "i", bits) for s in sources]
-        body = _EXACT[name]
-        if "relu" in mods:
-            body = f"np.maximum({body}, 0)"
-        names = "abc"[: len(args)]
-        function = f"lambda {', '.join(names)}: {body}"
-        e.write(
-            d,
-            f"half_op({function}, {kind.removesuffix('x2')!r}, {kind.endswith('x2')}, {', '.join(args)})",
-            "i",
-        )
+        if "ftz" in mods or name == "div":
+            raise PtxError(f"line {instr.line}: not modelled for this type: {instr.text}")
+        packed = kind.endswith("x2")
+        args = ", ".join(e.read(s, "i", 32 if packed else 16) for s in sources)
+        limit = next(iter(mods & {"relu", "sat"}), "")
+        name += ".NaN" if "NaN" in mods else ""
+        e.write(d, f"half_arithmetic({name!r}, {kind.removesuffix('x2')!r}, {packed}, {limit!r}, {args})", "i")
         return
     cls = {"f32": "f", "f64": "d", "f32x2": "v"}[kind]
     args = [e.read(s, cls, 32) for s in sources]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from .ptx import SINK, Imm, Instr, Pair, Reg, Special, Symbol, Vec
 from .report import PtxError
 from .opcodes import modifiers, op
+from .values import lop3_expressions
 
 _BITS = {
     "s8": 8,
@@ -399,11 +402,9 @@ def prmt_(e, instr: Instr) -> None:
 def lop3_(e, instr: Instr) -> None:
     modifiers(instr, 1, {"b32"})
     d, a, b, c, table = instr.operands
-    e.write(
-        d,
-        f"lop3({e.read(a, 'i')}, {e.read(b, 'i')}, {e.read(c, 'i')}, {table.value if e.emitting else 0})",
-        "i",
-    )
+    names = {name: e.read(x, "i") for name, x in zip("abc", (a, b, c))}
+    text = lop3_expressions()[table.value & 255]
+    e.write(d, re.sub(r"[abc]", lambda m: f"({names[m.group()]})", text), "i")
 
 
 @op("cvt")

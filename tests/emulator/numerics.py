@@ -76,6 +76,43 @@ def encode(name: str, x: np.ndarray, relu: bool = False) -> np.ndarray:
     return np.where(np.isnan(x), {"e4m3": 0x7F, "e5m2": 0x7F}.get(name, half - 1), code).astype(np.int64)
 
 
+def sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b in float64, an inexact sum rounded to odd: rounding it again to a format of at most 51 bits gives
+    the correctly rounded sum."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    bits = total.view(np.int64)
+    fix = (error != 0) & (bits & 1 == 0) & np.isfinite(total)
+    away = (error > 0) == (total > 0)
+    return np.where(fix, bits + np.where(away, 1, -1), bits).view(np.float64)
+
+
+def half_values(kind: str, x: object) -> np.ndarray:
+    """float64[..., 2]: the two f16 or bf16 values of 32-bit registers, low half first."""
+    words = np.atleast_1d(np.asarray(x).astype(np.uint32))[..., None]
+    if kind == "f16":
+        return words.view(np.float16).astype(np.float64)
+    return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def half_pairs(kind: str, x: np.ndarray) -> np.ndarray:
+    """Registers int64[...] of float64[..., 2] rounded to nearest even once; NaN is 0x7fff (PTX ISA 9.7.4)."""
+    if kind == "f16":
+        bits = x.astype(np.float16).view(np.uint16)
+    else:
+        near = x.astype(np.float32)  # to odd, for the second rounding
+        wide = near.astype(np.float64)
+        bits32 = near.view(np.int32)
+        fix = (wide != x) & (bits32 & 1 == 0) & np.isfinite(near)
+        odd = np.where(fix, bits32 + np.where(np.abs(x) > np.abs(wide), 1, -1), bits32) & 0xFFFFFFFF
+        bits = (odd + 0x7FFF + (odd >> 16 & 1) >> 16).astype(np.uint16)
+    nan = np.isnan(x)
+    if nan.any():
+        bits = np.where(nan, np.uint16(0x7FFF), bits)
+    return np.ascontiguousarray(bits).view(np.uint32)[..., 0].astype(np.int64)
+
+
 def bf16_bits(x: np.ndarray, rounding: str = "rn") -> np.ndarray:
     """float32 to bf16 bits: nearest even (`rn`) or truncation (`rz`)."""
     bits = np.asarray(x, np.float32).view(np.uint32).astype(np.int64)

@@ -16,6 +16,8 @@ Operators of Python ints and NumPy arrays agree, so most PTX arithmetic is one e
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
@@ -277,6 +279,10 @@ def bfind(a, bits, signed, shift):
 
 
 def bfe(a, start, length, bits, signed):
+    if type(start) is int and type(length) is int and not signed:
+        n = min(length & 255, max(0, bits - (start & 255)))
+        return a >> (start & 255) & (1 << n) - 1 if n else a & 0
+
     def one(x, s, n):
         s, n = s & 255, n & 255
         if n == 0 or (s >= bits and not signed):
@@ -292,6 +298,10 @@ def bfe(a, start, length, bits, signed):
 
 
 def bfi(a, b, start, length, bits):
+    if type(start) is int and type(length) is int:
+        field = ((1 << (length & 255)) - 1 << (start & 255)) & (1 << bits) - 1
+        return b & ((1 << bits) - 1 ^ field) | a << (start & 255) & field if field else b
+
     def one(x, y, s, n):
         s, n = s & 255, n & 255
         field = ((1 << n) - 1 << s) & (1 << bits) - 1
@@ -301,41 +311,53 @@ def bfi(a, b, start, length, bits):
 
 
 def prmt(a, b, selector):
-    def one(x, y, s):
-        data = (x | y << 32).to_bytes(8, "little")
-        out = 0
-        for i in range(4):
-            nibble = s >> 4 * i & 15
-            byte = data[nibble & 7]
-            out |= (0xFF * (byte >> 7) if nibble & 8 else byte) << 8 * i
-        return out
-
-    if type(selector) is int and (type(a) is _ndarray or type(b) is _ndarray) and not selector & 0x8888:
-        out = 0
-        for i in range(4):
-            nibble = selector >> 4 * i & 7
-            out = out | ((b if nibble > 3 else a) >> 8 * (nibble & 3) & 255) << 8 * i
-        return out
-    return _per_lane(one)(a, b, selector)
-
-
-def lop3(a, b, c, table):
+    """Byte i of the result is byte (nibble i of the selector & 7) of b:a; nibble bit 3 spreads its sign."""
     out = 0
-    for bit in range(8):
-        if table >> bit & 1:
-            out = out | (
-                (a if bit & 4 else a ^ M32) & (b if bit & 2 else b ^ M32) & (c if bit & 1 else c ^ M32)
-            )
+    if type(selector) is int:
+        for i in range(4):
+            nibble = selector >> 4 * i & 15
+            byte = (b if nibble & 4 else a) >> 8 * (nibble & 3) & 255
+            out = out | ((byte >> 7) * 255 if nibble & 8 else byte) << 8 * i
+        return out
+    both = as_q(t2q(a, b))
+    signs = bool((selector & 0x8888).any())
+    for i in range(4):
+        nibble = selector >> 4 * i
+        byte = (both >> ((nibble & 7) << 3).astype(_u64)).astype(_i64) & 255
+        if signs:
+            byte = np.where(nibble & 8, (byte >> 7) * 255, byte)
+        out = out | byte << 8 * i
     return out
 
 
-def funnel(low, high, n, left, wrap):
-    def one(x, y, s):
-        s = s & 31 if wrap else min(s, 32)
-        both = x | y << 32
-        return both << s >> 32 & M32 if left else both >> s & M32
+@functools.lru_cache(maxsize=1)
+def lop3_expressions() -> dict[int, str]:
+    """A shortest expression of a, b, c in &, |, ^ and complement for each of the 256 tables of lop3."""
+    found = {0xF0: (0, "a"), 0xCC: (0, "b"), 0xAA: (0, "c"), 0: (0, "0"), 0xFF: (0, "M32")}
+    cost = 0
+    while len(found) < 256:
+        cost += 1
+        known = list(found.items())
+        for table, (price, text) in known:
+            if price == cost - 1:
+                found.setdefault(table ^ 0xFF, (cost, f"({text} ^ M32)"))
+        for x, (price_x, text_x) in known:
+            for y, (price_y, text_y) in known:
+                if x < y and price_x + price_y == cost - 1:
+                    for table, sign in ((x & y, "&"), (x | y, "|"), (x ^ y, "^")):
+                        if table not in found:
+                            found[table] = (cost, f"({text_x} {sign} {text_y})")
+    return {table: text for table, (_cost, text) in found.items()}
 
-    return _per_lane(one)(low, high, n)
+
+def funnel(low, high, n, left, wrap):
+    """shf: 32 bits of high:low shifted by n, the upper ones when left."""
+    n = n & 31 if wrap else np.minimum(n, 32) if type(n) is _ndarray else min(n, 32)
+    both = t2q(low, high)
+    if type(both) is not _ndarray and type(n) is not _ndarray:
+        return both << n >> 32 & M32 if left else both >> n & M32
+    both, n = as_q(both), as_q(n)
+    return (both << n >> 32 if left else both >> n & M32).astype(_i64)
 
 
 # Floating point. Each f32 operation is one IEEE rounding; fma rounds its exact product and sum to f64 first,
