@@ -1,0 +1,117 @@
+"""How the dense kernel of SM 9.0 divides a call. Pure values: no torch, no DSL."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Values of K per chunk, the unit of the prepared weights; an expert is a multiple of it.
+CHUNK = 256
+#: Rows of B that one group of four multiplying warps takes: the height of the warpgroup instruction.
+GROUP_ROWS = 64
+#: CTAs of a cluster: neighbouring row tiles that share the activations.
+CLUSTER = 2
+#: Clusters of a launch: two multiprocessors of an H100 or H200 each. They decide the order of additions, hence a constant
+#: and not a property of the device.
+CLUSTERS = 66
+
+
+class DenseKernelTile(NamedTuple):
+    """What selects a compiled kernel."""
+
+    tokens: int  # per tile, a multiple of 16: the width of the warpgroup instruction
+    groups: int  # of four warps that decode weights and multiply
+    act_chunks: int  # chunks of decoded activations in shared memory
+    weight_chunks: int  # chunks of weights in shared memory
+
+    @property
+    def cta_rows(self) -> int:
+        return self.groups * GROUP_ROWS
+
+    @property
+    def rows(self) -> int:
+        """Rows of B per tile, which is a cluster's."""
+        return self.cta_rows * CLUSTER
+
+
+# Widest token tile for which a kernel is used -> its other choices, all that 227 KB of shared memory hold.
+_KERNELS = {64: DenseKernelTile(64, 4, 3, 3), 128: DenseKernelTile(128, 2, 2, 4)}
+
+
+class DenseTiling(NamedTuple):
+    """One pass. Tiles are numbered token tile by token tile, row tiles of one token tile side by side.
+
+    Every cluster first computes `full` whole tiles (cluster c: tiles c, c + clusters, ...), all of which begin at the
+    same K at the same time and so find activations and weights in the L2; what is left is cut into equal shares of
+    chunks (stream-K), whose sums are added in order by a last kernel.
+    """
+
+    kernel: DenseKernelTile
+    token_tiles: int
+    row_tiles: int
+    chunks: int  # of K
+    clusters: int
+    full: int
+    slots: int  # most clusters that share a tile
+
+    @property
+    def columns(self) -> int:
+        """Tokens, rounded up to whole tiles."""
+        return self.token_tiles * self.kernel.tokens
+
+    @property
+    def whole(self) -> int:
+        """Tiles that one cluster computes alone."""
+        return self.full * self.clusters
+
+    @property
+    def streamed(self) -> int:
+        """Tiles cut into shares."""
+        return self.row_tiles * self.token_tiles - self.whole
+
+    @property
+    def acts_bytes(self) -> int:
+        """Decoded activations: float16 [K/64, columns, 64]."""
+        return self.chunks * CHUNK * self.columns * 2
+
+    @property
+    def parts_floats(self) -> int:
+        """Part sums: float32 [whole + streamed * slots, tokens of a tile, rows of a tile]."""
+        return (self.whole + self.streamed * self.slots) * self.kernel.tokens * self.kernel.rows
+
+    def share(self, cluster: int) -> tuple[int, int]:
+        """First and end of the cluster's share, in chunks of the streamed tiles."""
+        units = self.streamed * self.chunks
+        return cluster * units // self.clusters, (cluster + 1) * units // self.clusters
+
+    def owner(self, unit: int) -> int:
+        """The cluster whose share holds a chunk of the streamed tiles."""
+        return ((unit + 1) * self.clusters - 1) // (self.streamed * self.chunks)
+
+    def integers(self, tokens: int, hidden: int, experts: int, k: int) -> tuple[int, ...]:
+        """The kernel's run-time integers, in the order of `DenseKernel.__call__`."""
+        blocks = -(-hidden // 128) * 4
+        return (
+            tokens, experts, blocks, self.chunks, self.chunks // experts, self.columns, self.row_tiles, self.clusters,
+            self.full, self.streamed, self.slots,
+        )  # fmt: skip
+
+
+def dense_tiling(tokens: int, hidden: int, k: int) -> DenseTiling:
+    """The tiling for one pass.
+
+    Args:
+        tokens: of the pass, at least 1.
+        hidden: rows of B.
+        k: a multiple of `CHUNK`.
+    """
+    kernel = _KERNELS[64 if tokens <= 64 else 128]
+    token_tiles, row_tiles, chunks = -(-tokens // kernel.tokens), -(-hidden // kernel.rows), k // CHUNK
+    tiles = token_tiles * row_tiles
+    clusters = min(CLUSTERS, tiles * chunks)
+    full = tiles // clusters
+    if 0 < tiles % clusters * chunks < clusters:
+        full -= 1  # a share would be empty
+    tiling = DenseTiling(kernel, token_tiles, row_tiles, chunks, clusters, full, 1)
+    shared = (
+        tiling.owner((tile + 1) * chunks - 1) - tiling.owner(tile * chunks) + 1 for tile in range(tiling.streamed)
+    )
+    return tiling._replace(slots=max(shared, default=1))
