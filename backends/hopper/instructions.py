@@ -1,0 +1,146 @@
+"""Single instructions and short sequences that the DSL does not offer, as inline PTX. Shared addresses are 32-bit integers.
+
+Weights and activations are decoded to float16 holding 2^-8 of the value: a product is 2^-16 of the true one, exactly.
+`backends/triton/layout.py` gives the arrangement of the bits, `backends/triton/fragments.py` the order of K.
+"""
+from __future__ import annotations
+
+from cutlass import Boolean, Float32, Int32, Int64
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
+
+#: Selects the signs and magnitudes of one field of a word, where they lie in a float16.
+_FIELD = "0x8E008E00"
+_CONSTRAINTS = {Float32: "f", Int32: "r", Int64: "l", Boolean: "b"}
+
+
+@dsl_user_op
+def ptx(code: str, outputs: tuple, inputs: tuple, tied: int = 0, *, loc=None, ip=None) -> tuple:
+    """Run PTX text. $0, $1, ... are the outputs, then the inputs; the last `tied` inputs share the registers of the first
+    outputs, for instructions that change a value in place.
+
+    Args:
+        outputs: types.
+        inputs: values of the DSL.
+
+    Returns:
+        The outputs; an empty tuple where there are none.
+    """
+    free = len(inputs) - tied
+    # Early clobber: a text of several instructions may write an output before it has read all inputs.
+    constraints = [("=" if i < tied else "=&") + _CONSTRAINTS[t] for i, t in enumerate(outputs)]
+    constraints += [_CONSTRAINTS[type(x)] for x in inputs[:free]] + [str(i) for i in range(tied)]
+    values = [x.ir_value(loc=loc, ip=ip) for x in inputs]
+    kinds = [t.mlir_type for t in outputs]
+    kind = kinds[0] if len(kinds) == 1 else llvm.StructType.get_literal(kinds) if kinds else None
+    result = llvm.inline_asm(kind, values, code, ",".join(constraints), has_side_effects=True, loc=loc, ip=ip)
+    if len(kinds) < 2:
+        return tuple(t(result) for t in outputs)
+    return tuple(t(llvm.extractvalue(t.mlir_type, result, [i], loc=loc, ip=ip)) for i, t in enumerate(outputs))
+
+
+def load4(address: Int32) -> tuple:
+    """Four words of shared memory."""
+    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", (Int32,) * 4, (address,))
+
+
+def load4_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
+    """As `load4` where `wanted`, else `old`."""
+    return ptx("@$4 ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];", (Int32,) * 4, (wanted, address, *old), tied=4)
+
+
+def load2(address: Int32, dtype: type = Int32) -> tuple:
+    """Two words of shared memory."""
+    return ptx("ld.shared.v2.b32 {$0, $1}, [$2];", (dtype,) * 2, (address,))
+
+
+def load1(address: Int32, dtype: type = Int32):
+    return ptx("ld.shared.b32 $0, [$1];", (dtype,), (address,))[0]
+
+
+def store1(address: Int32, value) -> None:
+    ptx("st.shared.b32 [$0], $1;", (), (address, value))
+
+
+def store2(address: Int32, values: tuple) -> None:
+    ptx("st.shared.v2.b32 [$0], {$1, $2};", (), (address, *values))
+
+
+def store4(address: Int32, values: tuple) -> None:
+    ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values))
+
+
+def load_packed_if(wanted: Boolean, codes: Int64, scale: Int64) -> tuple:
+    """Two words of e2m1 codes and one scale byte of global memory; zeros where not wanted."""
+    return ptx(
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; @$3 ld.global.nc.v2.b32 {$0, $1}, [$4]; @$3 ld.global.nc.u8 $2, [$5];",
+        (Int32,) * 3, (wanted, codes, scale),
+    )  # fmt: skip
+
+
+def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32) -> None:
+    """Start a copy of `size` bytes from global to shared memory, which arrives at `barrier` with its bytes."""
+    ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        (), (target, source, size, barrier),
+    )  # fmt: skip
+
+
+def split_scales(word: Int32, half: int) -> tuple[Int32, Int32]:
+    """The scale factors of rows g and g + 8 of one half, twice each."""
+    turn = "prmt.b32 s, $2, $2, 0x2103;" if half else "mov.b32 s, $2;"
+    return ptx(
+        "{ .reg .b32 s; .reg .b16 l, h; " + turn + " and.b32 s, s, 0x7F807F80; mov.b32 {l, h}, s; "
+        "mov.b32 $0, {l, l}; mov.b32 $1, {h, h}; }",
+        (Int32,) * 2, (word,),
+    )  # fmt: skip
+
+
+def decode_weights(word: Int32, scales: tuple[Int32, Int32]) -> tuple:
+    """The left operand's four registers of one step of 16 values of K."""
+    # A product with two set bits shifts sign and magnitude by different amounts; the masks keep it free of carries.
+    return ptx(
+        f"""{{ .reg .b32 t;
+        and.b32 $0, $4, {_FIELD};
+        shl.b32 t, $4, 3; and.b32 $1, t, {_FIELD};
+        and.b32 t, $4, 0x40384038; mul.lo.u32 t, t, 66; and.b32 $2, t, {_FIELD};
+        and.b32 t, $4, 0x20072007; mul.lo.u32 t, t, 516; and.b32 $3, t, {_FIELD};
+        mul.f16x2 $0, $0, $5; mul.f16x2 $1, $1, $6; mul.f16x2 $2, $2, $5; mul.f16x2 $3, $3, $6; }}""",
+        (Int32,) * 4, (word, *scales),
+    )  # fmt: skip
+
+
+def decode_activations(words: tuple[Int32, Int32], scale: Int32) -> tuple:
+    """The right operand's registers b0, b1 of four steps, from 16 e2m1 codes and their e4m3 byte. A NaN byte gives NaN."""
+    code = [
+        "{ .reg .pred n; .reg .b32 s, x, y;",
+        "and.b32 s, $10, 0x7F; setp.eq.u32 n, s, 0x7F; mul.lo.u32 s, s, 0x00800080;",
+        "and.b32 x, $10, 0x80; mul.lo.u32 x, x, 0x01000100; or.b32 s, s, x;",
+        # Codes in place read 2^-14 of their value, the byte in place 2^-8: 2^14 leaves 2^-8 together.
+        "mov.b32 y, 0x74007400; mul.f16x2 s, s, y; selp.b32 s, 0x7E007E00, s, n;",
+    ]
+    for i in range(8):
+        word, left = 8 + i // 4, 12 - 4 * (i % 4)
+        code.append(f"shl.b32 x, ${word}, {left};")
+        code.append(f"shl.b32 y, ${word}, {left - 3};" if left else f"shr.u32 y, ${word}, 3;")
+        code.append("and.b32 x, x, 0x80008000; and.b32 y, y, 0x0E000E00; or.b32 x, x, y;")
+        code.append(f"mul.f16x2 ${i}, x, s;")
+    return ptx(" ".join(code) + " }", (Int32,) * 8, (*words, scale))
+
+
+def multiply(acc: tuple, left: tuple, right: tuple) -> tuple:
+    """acc plus 16 rows x 16 values of K times 8 tokens."""
+    return ptx(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$0, $1, $2, $3};",
+        (Float32,) * 4, (*left, *right, *acc), tied=4,
+    )  # fmt: skip
+
+
+def add_scaled(address: Int32, weight: Float32, values: tuple) -> None:
+    """Add weight * values to four floats of shared memory."""
+    ptx(
+        """{ .reg .f32 a, b, c, d; ld.shared.v4.f32 {a, b, c, d}, [$0];
+        fma.rn.f32 a, $1, $2, a; fma.rn.f32 b, $1, $3, b; fma.rn.f32 c, $1, $4, c; fma.rn.f32 d, $1, $5, d;
+        st.shared.v4.f32 [$0], {a, b, c, d}; }""",
+        (), (address, weight, *values),
+    )  # fmt: skip

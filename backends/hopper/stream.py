@@ -1,0 +1,394 @@
+"""The streaming kernel: every selected expert's weights pass once by each CTA, which holds the sums of all its tokens.
+
+    out[m, n] = sum_e alpha[m, e] * sum_{k in expert e} A[m, k] * B[n, k]
+
+A CTA owns 32 or 64 rows of B. It walks the items, an expert's 256 values of K each, in ascending order, and keeps
+float32 sums of all tokens in shared memory: there are no partial sums to add up afterwards. Three roles:
+
+- the loader (last warp) copies prepared weights into a ring of stages, some 100 KB ahead;
+- helpers gather the activations of an item's tokens, decode them to float16 and lay them out in the order of the tensor
+  core's right operand, eight tokens to a slot of a second ring;
+- a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
+  slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
+  grow in the order of the items, whichever is ready first: results repeat bit for bit.
+"""
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64
+
+from backends.hopper import instructions as ins
+from backends.hopper.stream_plan import (
+    BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, CHUNK, GROUP, HEADER_BYTES, SLOT_BYTES, StreamConfig,
+)  # fmt: skip
+
+OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
+FULL = 0xFFFFFFFF
+
+
+class StreamKernel:
+    """One instance per compiled kernel; the tokens and the hidden size are run-time arguments."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+        self.out_type = OUT_TYPES[config.out_dtype]
+        self.offset = config.offsets()
+        self.barrier = config.barriers
+        self.row_bytes = config.rows * 4
+
+    @cute.jit
+    def __call__(
+        self,
+        a_data: cute.Pointer,
+        a_scale: cute.Pointer,
+        w_data: cute.Pointer,
+        w_scale: cute.Pointer,
+        alpha: cute.Pointer,
+        counts: cute.Pointer,
+        token_of: cute.Pointer,
+        weight_of: cute.Pointer,
+        out: cute.Pointer,
+        tokens: Int32,
+        hidden: Int32,
+        stream,
+    ):
+        """Launch on `stream`.
+
+        Args:
+            a_data, a_scale: uint8, e2m1 [tokens, K/2] and its scale factors.
+            w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
+            alpha: float32 [tokens, E].
+            counts, token_of, weight_of: of `plan.list_tokens`; unused where the kernel is not `listed`.
+            out: [tokens, hidden].
+        """
+        self.kernel(a_data, a_scale, w_data, w_scale, alpha, counts, token_of, weight_of, out, tokens, hidden).launch(
+            grid=(cute.ceil_div(hidden, self.config.rows), 1, 1),
+            block=(self.config.threads, 1, 1),
+            smem=self.offset["end"],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=self.config.listed,
+        )
+
+    @cute.kernel
+    def kernel(
+        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
+        alpha: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer,
+        out: cute.Pointer, tokens: Int32, hidden: Int32,
+    ):  # fmt: skip
+        config = self.config
+        base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
+        smem = Int32(base.toint())
+        barriers = base + self.offset["barriers"] // 8
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        thread = cute.arch.thread_idx()[0]
+        lane = cute.arch.lane_idx()
+
+        self._start_barriers(barriers, thread)
+        zero = Float32(0.0)
+        for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
+            ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
+        if cutlass.const_expr(config.listed):
+            cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
+        else:
+            self._mark_tokens(smem, alpha, tokens, thread)
+        cute.arch.sync_threads()
+        if warp == 0:
+            self._list_experts(smem, counts, tokens, lane)
+        cute.arch.sync_threads()
+        used, groups, pairs, _ = ins.load4(smem + self.offset["totals"])
+        mine = Boolean(True)
+        if cutlass.const_expr(config.has_dense):
+            mine = pairs * 4 <= tokens * config.experts
+        if mine:
+            if warp < config.consumers:
+                self.consume(smem, barriers, used, warp, lane)
+            elif warp < config.consumers + config.helpers:
+                helper = warp - config.consumers
+                self.gather(smem, barriers, groups, helper, lane, a_data, a_scale, alpha, token_of, weight_of, tokens)
+            elif lane == 0:
+                self.load(smem, barriers, used, w_data, w_scale, hidden)
+            cute.arch.sync_threads()
+            self._store(smem, out, tokens, hidden, warp, lane)
+
+    def _barrier(self, barriers: cute.Pointer, kind: str, index) -> cute.Pointer:
+        return barriers + (self.barrier[kind] + index)
+
+    @cute.jit
+    def _start_barriers(self, barriers: cute.Pointer, thread: Int32):
+        if thread == 0:
+            arrivals = {"weights_empty": self.config.blocks, "slot_empty": self.config.blocks}
+            kinds = list(self.barrier)
+            for kind, following in zip(kinds, kinds[1:]):
+                for i in cutlass.range_constexpr(self.barrier[kind], self.barrier[following]):
+                    cute.arch.mbarrier_init(barriers + i, arrivals.get(kind, 1))
+            cute.arch.mbarrier_init_fence()
+
+    @cute.jit
+    def _mark_tokens(self, smem: Int32, alpha: cute.Pointer, tokens: Int32, thread: Int32):
+        """Per expert, a word with a bit for every token that selected it."""
+        for expert in cutlass.range(thread, self.config.experts, self.config.threads, unroll=1):
+            mask = Int32(0)
+            for row in cutlass.range(tokens, unroll=8):
+                if cute.arch.load(alpha + row * self.config.experts + expert, Float32) != 0.0:
+                    mask = mask | (Int32(1) << row)
+            ins.store1(smem + self.offset["masks"] + expert * 4, mask)
+
+    @cute.jit
+    def _list_experts(self, smem: Int32, counts: cute.Pointer, tokens: Int32, lane: Int32):
+        """The table of selected experts, (expert, tokens << 16; groups of the experts before), and its totals."""
+        experts = self.config.experts
+        used, groups, pairs = Int32(0), Int32(0), Int32(0)
+        for first in cutlass.range(0, experts, 32, unroll=1):
+            count = Int32(0)
+            if first + lane < experts:
+                if cutlass.const_expr(self.config.listed):
+                    count = cute.arch.load(counts + first + lane, Int32)
+                else:
+                    count = cute.arch.popc(ins.load1(smem + self.offset["masks"] + (first + lane) * 4))
+            # Both sums of 32 experts in one scan: at most 512 tokens each.
+            own = (count << 16) | ((count + GROUP - 1) // GROUP)
+            scan = own
+            for distance in (1, 2, 4, 8, 16):
+                below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
+                if lane >= distance:
+                    scan += below
+            ballot = cute.arch.vote_ballot_sync(count > 0)
+            if count > 0:
+                entry = used + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
+                before = groups + ((scan - own) & 0xFFFF)
+                ins.store2(smem + self.offset["table"] + entry * 8, ((first + lane) | (count << 16), before))
+            used += cute.arch.popc(ballot)
+            total = cute.arch.shuffle_sync(scan, 31)
+            groups += total & 0xFFFF
+            pairs += total >> 16
+        if lane == 0:
+            ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
+
+    @cute.jit
+    def load(
+        self, smem: Int32, barriers: cute.Pointer, used: Int32, w_data: cute.Pointer, w_scale: cute.Pointer, hidden: Int32
+    ):
+        """One lane: the weights of item after item."""
+        config = self.config
+        data_bytes, scale_bytes = config.blocks * BLOCK_DATA, config.blocks * BLOCK_SCALES
+        blocks = Int64(cute.ceil_div(hidden, 128) * 4)
+        strip = Int64(cute.arch.block_idx()[0] * config.blocks)
+        data, scale = Int64(w_data.toint()) + strip * BLOCK_DATA, Int64(w_scale.toint()) + strip * BLOCK_SCALES
+        for item in cutlass.range(used * config.chunks, unroll=1):
+            stage, turn = item % config.stages, item // config.stages
+            expert = ins.load1(smem + self.offset["table"] + item // config.chunks * 8) & 0xFFFF
+            chunk = blocks * (expert * config.chunks + item % config.chunks)
+            if turn > 0:
+                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
+            full = self._barrier(barriers, "weights_full", stage)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+            target = smem + self.offset["weights"] + stage * config.stage_bytes
+            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), Int32(full.toint()))
+            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), Int32(full.toint()))
+
+    @cute.jit
+    def gather(
+        self, smem: Int32, barriers: cute.Pointer, groups: Int32, helper: Int32, lane: Int32, a_data: cute.Pointer,
+        a_scale: cute.Pointer, alpha: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer, tokens: Int32,
+    ):  # fmt: skip
+        """Every `helpers`-th slot: list its tokens, fetch their codes, decode them.
+
+        A half-warp takes one token at a time; lane 4q + t of it takes the 16 values of quarter q and lane t of the
+        matrix instruction. Of a slot's [token 8][quarter 4][word pair 2][t 4] pieces of 16 bytes, the two word pairs
+        change places with the parities of token and quarter, so that neither side meets bank conflicts.
+        """
+        config = self.config
+        k = config.experts * config.chunks * CHUNK
+        quarter, t, half = lane % 16 // 4, lane % 4, lane // 16
+        codes = Int64(a_data.toint()) + quarter * 32 + t * 8
+        scales = Int64(a_scale.toint())
+        if cutlass.const_expr(config.a_swizzled):
+            scales += quarter * 512 + t
+        else:
+            scales += quarter * 4 + t
+        width = Int64(cute.ceil_div(tokens, 16) * 16)
+        entry, chunk, group = Int32(0), Int32(0), helper
+        packed = ins.load1(smem + self.offset["table"])
+        members = packed >> 16
+        for slot in cutlass.range(helper, groups * config.chunks, config.helpers, unroll=1):
+            while group * GROUP >= members:
+                group -= (members + GROUP - 1) // GROUP
+                chunk += 1
+                if chunk == config.chunks:
+                    chunk = Int32(0)
+                    entry += 1
+                    packed = ins.load1(smem + self.offset["table"] + entry * 8)
+                    members = packed >> 16
+            expert = packed & 0xFFFF
+            place, turn = slot % config.slots, slot // config.slots
+            if turn > 0:
+                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
+            here = members - group * GROUP
+            header = smem + self.offset["headers"] + place * HEADER_BYTES
+            weight, listed = Float32(0.0), Boolean(False)
+            place_of_weight = Int32(0)
+            if cutlass.const_expr(config.listed):
+                listed = lane < GROUP
+                if listed:
+                    at = expert * width + group * GROUP + lane
+                    place_of_weight = lane
+                    weight = cute.arch.load(weight_of + at, Float32)
+                    ins.store1(header + lane * 4, cute.arch.load(token_of + at, Int32))
+            else:
+                mask = ins.load1(smem + self.offset["masks"] + expert * 4)
+                place_of_weight = cute.arch.popc(mask & ((Int32(1) << lane) - 1)) - group * GROUP
+                listed = ((mask >> lane) & 1) == 1
+                listed = listed & (place_of_weight >= 0) & (place_of_weight < GROUP)
+                if listed:
+                    ins.store1(header + place_of_weight * 4, lane)
+                    weight = cute.arch.load(alpha + lane * config.experts + expert, Float32)
+                if (lane >= here) & (lane < GROUP):
+                    ins.store1(header + lane * 4, Int32(-1))
+            cute.arch.sync_warp()
+            block = expert * (config.chunks * 4) + chunk * 4  # of 64 values of K
+            fetched = []
+            for i in cutlass.range_constexpr(4):
+                token = ins.load1(header + (2 * i + half) * 4)
+                row = Int64(token)
+                if cutlass.const_expr(config.a_swizzled):
+                    at = (row // 128 * (k // 64) + block) * 512 + token % 32 * 16 + token % 128 // 32 * 4
+                else:
+                    at = row * (k // 16) + block * 4
+                fetched.append(ins.load_packed_if(token >= 0, codes + row * (k // 2) + block * 32, scales + at))
+            if listed:
+                ins.store1(header + 32 + place_of_weight * 4, weight)
+            for i in cutlass.range_constexpr(4):
+                if 2 * i < here:
+                    token = 2 * i + half
+                    values = ins.decode_activations(fetched[i][:2], fetched[i][2])
+                    swap = (token ^ quarter) & 1
+                    target = smem + self.offset["activations"] + place * SLOT_BYTES + token * 512 + quarter * 128 + t * 16
+                    ins.store4(target + swap * 64, values[:4])
+                    ins.store4(target + (1 - swap) * 64, values[4:])
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_full", place))
+            group += config.helpers
+
+    @cute.jit
+    def consume(self, smem: Int32, barriers: cute.Pointer, used: Int32, warp: Int32, lane: Int32):
+        """Every `phases`-th item: 32 rows of its weights times all of its tokens, added to the sums in order."""
+        config = self.config
+        block, phase = warp % config.blocks, warp // config.blocks
+        before_me = (phase + config.phases - 1) % config.phases * config.blocks + block
+        weights = smem + self.offset["weights"] + block * BLOCK_DATA + lane * 16
+        scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
+        for item in cutlass.range(phase, used * config.chunks, config.phases, unroll=1):
+            entry = item // config.chunks
+            packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
+            members = packed >> 16
+            groups = (members + GROUP - 1) // GROUP
+            first_slot = before * config.chunks + (item - entry * config.chunks) * groups
+
+            stage = item % config.stages
+            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)
+            source = weights + stage * config.stage_bytes
+            words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
+            scales = ins.load4(source + scale_offset)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
+
+            if cutlass.const_expr(config.ordered):
+                if item > 0:
+                    acquired = self._barrier(barriers, "acquired", before_me)
+                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)
+            for first in cutlass.range(0, groups, config.widths[-1], unroll=1):
+                left = groups - first
+                for width, narrower in zip(config.widths, (0, *config.widths)):
+                    if (left > narrower) & ((left <= width) | (width == config.widths[-1])):
+                        self._multiply(
+                            smem, barriers, width, words, scales, first_slot + first, left, members - first * GROUP,
+                            first, item, block, warp, before_me, lane,
+                        )  # fmt: skip
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "turn", warp))
+
+    @cute.jit
+    def _multiply(
+        self, smem, barriers, width: cutlass.Constexpr, words, scales, slot, left, members, first, item, block, warp,
+        before_me, lane,
+    ):  # fmt: skip
+        """Up to `width` slots of an item."""
+        config = self.config
+        g, t = lane // 4, lane % 4
+        places = []
+        for i in cutlass.range_constexpr(width):
+            place = (slot + i) % config.slots
+            places.append(place)
+            if i < left:
+                cute.arch.mbarrier_wait(
+                    self._barrier(barriers, "slot_full", place), ((slot + i) // config.slots) & 1
+                )
+        if cutlass.const_expr(config.ordered):
+            if left <= width:
+                if lane == 0:
+                    cute.arch.mbarrier_arrive(self._barrier(barriers, "acquired", warp))
+        # See `gather` for the order inside a slot.
+        own = g * 512 + t * 16 + (g % 2) * 64
+        pieces = [smem + self.offset["activations"] + place * SLOT_BYTES + own for place in places]
+        swapped = [smem + self.offset["activations"] + place * SLOT_BYTES + (own ^ 64) for place in places]
+        present = [g < members - i * GROUP for i in range(width)]
+        zero = Float32(0.0)
+        sums = [[(zero, zero, zero, zero) for _ in range(2)] for _ in range(width)]
+        right = [(Int32(0), Int32(0), Int32(0), Int32(0)) for _ in range(width)]
+        for q in cutlass.range_constexpr(4):
+            factors = [ins.split_scales(scales[q], half) for half in range(2)]
+            for pair in cutlass.range_constexpr(2):
+                at = swapped if (pair ^ q) & 1 else pieces
+                for i in cutlass.range_constexpr(width):
+                    right[i] = ins.load4_if(present[i], at[i] + q * 128, right[i])
+                for step in cutlass.range_constexpr(2):
+                    for half in cutlass.range_constexpr(2):
+                        operand = ins.decode_weights(words[q][half][2 * pair + step], factors[half])
+                        for i in cutlass.range_constexpr(width):
+                            sums[i][half] = ins.multiply(sums[i][half], operand, right[i][2 * step : 2 * step + 2])
+        tokens, weights = [], []
+        for i in cutlass.range_constexpr(width):
+            header = smem + self.offset["headers"] + places[i] * HEADER_BYTES + t * 8
+            tokens.append(ins.load2(header))
+            weights.append(ins.load2(header + 32, Float32))
+        cute.arch.sync_warp()
+        for i in cutlass.range_constexpr(width):
+            if (lane == 0) & (i < left):
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]))
+        if (first == 0) & (item > 0):
+            turn = self._barrier(barriers, "turn", before_me)
+            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)
+        base = smem + self.offset["sums"] + block * 128
+        for i in cutlass.range_constexpr(width):
+            low, high = sums[i]
+            for j in cutlass.range_constexpr(2):
+                token = tokens[i][j]
+                if cutlass.const_expr(width > 1):
+                    if i >= left:
+                        token = Int32(-1)
+                # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
+                at = base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))
+                if token >= 0:
+                    ins.add_scaled(at, weights[i][j], (low[j], low[2 + j], high[j], high[2 + j]))
+
+    @cute.jit
+    def _store(self, smem: Int32, out: cute.Pointer, tokens: Int32, hidden: Int32, warp: Int32, lane: Int32):
+        """The sums, times 2^16, in the output's type: a warp writes one token's rows at a time."""
+        config = self.config
+        # Rows g, g + 8, g + 16 and g + 24 of a block lie side by side.
+        piece = lane % 8 * 16
+        word = ((lane // 16) * 2 + (lane // 8) % 2) * 4
+        for token in cutlass.range(warp, tokens, config.threads // 32, unroll=2):
+            at = smem + self.offset["sums"] + token * self.row_bytes + (piece ^ ((token & 6) * 16)) + word
+            for block in cutlass.range_constexpr(config.blocks):
+                column = cute.arch.block_idx()[0] * config.rows + block * BLOCK_ROWS + lane
+                value = ins.load1(at + block * 128, Float32) * 65536.0
+                if column < hidden:
+                    target = cute.make_tensor(out + (Int64(token) * hidden + column), cute.make_layout(1))
+                    target[0] = value.to(self.out_type)

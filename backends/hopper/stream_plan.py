@@ -1,0 +1,106 @@
+"""What the streaming kernel is compiled for, and how it divides shared memory; pure values."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Values of K per item, bytes of a block of 32 rows and one item of prepared weights, as data and as scale factors.
+CHUNK, BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 256, 32, 4096, 512
+#: Tokens per slot of activations, the slot's bytes, and those of its list of tokens and weights.
+GROUP, SLOT_BYTES, HEADER_BYTES = 8, 4096, 64
+#: Shared memory of a CTA on SM 9.0.
+SMEM_BYTES = 227 * 1024
+#: Most tokens whose use of an expert is kept as the bits of one word, so that the kernel needs no lists.
+MASK_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """One compiled streaming kernel.
+
+    Attributes:
+        rows: of B per CTA, 32 or 64.
+        phases: items in work at once, each by one warp per 32 rows.
+        helpers: warps that gather and decode activations.
+        stages: items of weights in shared memory.
+        slots: groups of 8 tokens of activations in shared memory; a multiple of `helpers`.
+        tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
+        experts, chunks: E, and I / 256.
+        listed: tokens come from lists in memory (`plan.list_tokens`), else from alpha, for at most `MASK_TOKENS`.
+        has_dense: return at once where alpha is dense, since another kernel takes the call.
+        a_swizzled: A's scale factors are in the "128x4" layout, else linear.
+        out_dtype: "bfloat16", "float16" or "float32".
+    """
+
+    rows: int
+    phases: int
+    helpers: int
+    stages: int
+    slots: int
+    tokens: int
+    experts: int
+    chunks: int
+    listed: bool
+    has_dense: bool
+    a_swizzled: bool
+    out_dtype: str
+
+    @property
+    def blocks(self) -> int:
+        return self.rows // BLOCK_ROWS
+
+    @property
+    def consumers(self) -> int:
+        return self.blocks * self.phases
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.consumers + self.helpers + 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Groups of tokens that one pass over an item's weights can multiply; each has its own code."""
+        return tuple(w for w in (1, 2, 4) if w == 1 or w * GROUP <= self.tokens)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether items could wait for slots more than a ring apart, which must be excluded by waiting in order."""
+        return self.phases * -(-self.tokens // GROUP) > self.slots
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.blocks * (BLOCK_DATA + BLOCK_SCALES)
+
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of each part of shared memory, and "end"."""
+        sizes = {
+            "weights": self.stages * self.stage_bytes,
+            "activations": self.slots * SLOT_BYTES,
+            "sums": self.tokens * self.rows * 4,
+            "headers": self.slots * HEADER_BYTES,
+            "barriers": 8 * self.barriers["end"],
+            "totals": 16,
+            "table": self.experts * 8,
+            "masks": 0 if self.listed else self.experts * 4,
+        }
+        return _running(sizes)
+
+    @property
+    def barriers(self) -> dict[str, int]:
+        """Index of the first barrier of each kind, and "end"."""
+        sizes = {
+            "weights_full": self.stages,
+            "weights_empty": self.stages,
+            "slot_full": self.slots,
+            "slot_empty": self.slots,
+            "turn": self.consumers,
+            "acquired": self.consumers if self.ordered else 0,
+        }
+        return _running(sizes)
+
+
+def _running(sizes: dict[str, int]) -> dict[str, int]:
+    starts, total = {}, 0
+    for name, size in sizes.items():
+        starts[name] = total
+        total += size
+    return {**starts, "end": total}
