@@ -19,6 +19,17 @@ class TensorChecks:
         view[agent] = clock  # operations of one pipe run in order
         return Ticket(view, agent, clock, w)
 
+    def issue_wgmma(self, w, number: int) -> Ticket:
+        """The warpgroup's operation `number` (from 0), as one of its warps issues it."""
+        return Ticket(self._view(w), self._wgmma_agent(w), number + 1, w)
+
+    def wgmma_waited(self, w, number: int) -> None:
+        agent = self._wgmma_agent(w)
+        w.clock[agent] = max(w.clock[agent], number + 1)
+
+    def _wgmma_agent(self, w) -> int:
+        return self.wgmma_base + w.cta.rank * self.warpgroups + w.index // 4
+
     def issue_commit(self, w) -> Ticket:
         self._settle_loads(w)
         full = w.clock.copy()

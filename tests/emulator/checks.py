@@ -1,7 +1,7 @@
 """Happens-before checking with vector clocks: races are found on any schedule, not only when they strike.
 
 Agents of a cluster are its warps and everything that works beside them: a warp's cp.async, bulk-store and
-tcgen05.ld/st engines, each CTA's tensor pipe, each mbarrier (bulk copies that signal it). An access leaves an
+tcgen05.ld/st engines, each CTA's tensor pipe, each warpgroup's wgmmas, each mbarrier (bulk copies that signal it). An access leaves an
 epoch (agent, clock) in a shadow of the memory; a later access by someone whose vector clock does not cover
 that epoch is a race. Shared memory and global memory are shadowed per 4-byte word (per byte where narrower
 accesses occur), TMEM per column and 16 lanes.
@@ -37,6 +37,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         bx, by, bz = self.machine.launch.block
         self.ranks = cx * cy * cz
         self.warps_per_cta = -(-bx * by * bz // 32)
+        self.warpgroups = -(-self.warps_per_cta // 4)
         n = self.ranks * self.warps_per_cta
         # Agents: 0 nobody; 1..n warps; then cp.async engines (both write through the generic proxy); then the
         # rest.
@@ -46,7 +47,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
         self.ld_base = self.global_base + n
         self.st_base = self.ld_base + n
         self.pipe_base = self.st_base + n
-        self.barrier_base = self.pipe_base + self.ranks
+        self.wgmma_base = self.pipe_base + self.ranks
+        self.barrier_base = self.wgmma_base + self.ranks * self.warpgroups
         self.size = self.barrier_base + self.ranks * _BARRIERS_PER_CTA
         self.barrier_agents: dict[tuple[int, int], int] = {}
         self.pipe_clock = [0] * self.ranks
@@ -124,6 +126,7 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
 
         for base, text in (
             (self.barrier_base, None),
+            (self.wgmma_base, "a wgmma of warpgroup {} of CTA rank {}"),
             (self.pipe_base, "the tensor pipe of CTA rank {}"),
             (self.st_base, "tcgen05.st of {}"),
             (self.ld_base, "tcgen05.ld of {}"),
@@ -136,6 +139,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
                 if text is None:
                     rank, offset = next(k for k, v in self.barrier_agents.items() if v == agent)
                     return f"a bulk copy that signals the mbarrier at {offset:#x} of CTA rank {rank}"
+                if base == self.wgmma_base:
+                    return text.format((agent - base) % self.warpgroups, (agent - base) // self.warpgroups)
                 return text.format(agent - base if base == self.pipe_base else warp((agent - base) % n))
         return "nobody"
 
@@ -156,6 +161,8 @@ class Checker(SharedChecks, TensorChecks, GlobalChecks):
                 ": its result may still be in flight (no tcgen05.wait::ld and no use of it before the "
                 "release)"
             )
+        if self.wgmma_base <= agent < self.barrier_base:
+            return ": no wgmma.wait_group is known to cover it"
         return ""
 
     # -- barriers ------------------------------------------------------------------------------------------

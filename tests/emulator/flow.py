@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .opcodes import lookup
-from .ptx import Kernel
+from .ptx import Kernel, Vec
 
 
 @dataclass
@@ -34,8 +34,12 @@ def split_blocks(kernel: Kernel) -> list[Block]:
     for i, instr in enumerate(instrs):
         if instr.parts[0] in TERMINATORS:
             leaders.add(i + 1)
-        elif lookup(instr).starts_block:
-            leaders.add(i)
+        else:
+            opcode = lookup(instr)
+            if opcode.starts_block:
+                leaders.add(i)
+            if opcode.ends_block:
+                leaders.add(i + 1)
     edges = sorted(x for x in leaders if x < len(instrs)) + [len(instrs)]
     blocks = [Block(a, b) for a, b in zip(edges, edges[1:])]
     index = {b.start: n for n, b in enumerate(blocks)}
@@ -79,6 +83,43 @@ def liveness(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> Non
         block.live_in = frozenset(live[n])
 
 
+@dataclass(frozen=True)
+class WgmmaRegisters:
+    """Registers that wgmma uses asynchronously."""
+
+    accumulators: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()  # that hold matrix A
+    copies: frozenset[int] = frozenset()  # that moves may give an accumulator to, and the accumulators
+
+    def __bool__(self) -> bool:
+        return bool(self.accumulators)
+
+
+def wgmma_registers(kernel: Kernel, effects: list[Effects]) -> WgmmaRegisters:
+    accumulators: set[int] = set()
+    left: set[int] = set()
+    for instr in kernel.instrs:
+        if instr.opcode.startswith("wgmma.mma_async"):
+            d, a = instr.operands[:2]
+            accumulators.update(r.index for r in d.items)
+            if isinstance(a, Vec):
+                left.update(r.index for r in a.items)
+    copies = _moved(kernel, effects, accumulators)
+    return WgmmaRegisters(frozenset(accumulators), frozenset(left), frozenset(copies))
+
+
+def _moved(kernel: Kernel, effects: list[Effects], registers: set[int]) -> set[int]:
+    """`registers` and those that moves copy them to."""
+    moves = [i for i, x in enumerate(kernel.instrs) if x.parts[0] == "mov"]
+    out, size = set(registers), -1
+    while size != len(out):
+        size = len(out)
+        for i in moves:
+            if not out.isdisjoint(effects[i].reads):
+                out.update(effects[i].writes)
+    return out
+
+
 def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -> dict[int, frozenset[int]]:
     """For each instruction's line, the tcgen05.ld (by line) whose result may not have arrived when it
     executes.
@@ -92,15 +133,7 @@ def pending_loads(kernel: Kernel, blocks: list[Block], effects: list[Effects]) -
     }
     if not results:
         return {}
-    moves = [i for i, x in enumerate(instrs) if x.parts[0] == "mov"]
-    for regs in results.values():
-        grown = True
-        while grown:
-            size = len(regs)
-            for i in moves:
-                if not regs.isdisjoint(effects[i].reads):
-                    regs.update(effects[i].writes)
-            grown = len(regs) != size
+    results = {i: _moved(kernel, effects, regs) for i, regs in results.items()}
     users: dict[int, set[int]] = {}  # register -> loads it ends when used
     for load, regs in results.items():
         for r in regs:

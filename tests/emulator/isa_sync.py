@@ -372,9 +372,9 @@ def membar(e, instr: Instr) -> None:
     e.line(f"if w.check: w.check.fence(w, {scope!r})")
 
 
-@op("griddepcontrol", "setmaxnreg", "nanosleep", "pmevent")
+@op("griddepcontrol", "nanosleep", "pmevent")
 def no_effect(e, instr: Instr) -> None:
-    """Timing and resource hints; a grid is emulated after everything launched before it."""
+    """Timing hints; a grid is emulated after everything launched before it."""
     for operand in instr.operands:
         e.read(operand, "i")
 

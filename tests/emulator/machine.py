@@ -22,6 +22,7 @@ from .tmem import TensorMemory
 from .translate import Program
 from .values import LANES
 from .warp import DONE, READY, WAITING, Warp
+from .wgmma import Warpgroup
 
 _QUANTUM = 256  # blocks a warp runs before another gets a turn
 
@@ -38,12 +39,19 @@ class Cta:
         self.named: dict[int, NamedBarrier] = {}
         self.pipe: deque = deque()  # tensor-core operations in issue order
         self.warps: list[Warp] = []
+        self.warpgroups: dict[int, Warpgroup] = {}
         self.inbound = 0
 
     def start(self) -> None:
         bx, by, bz = self.cluster.machine.launch.block
         threads = bx * by * bz
         self.warps = [Warp(self, i, min(32, threads - 32 * i)) for i in range(-(-threads // 32))]
+
+    def warpgroup(self, number: int) -> Warpgroup:
+        """The warpgroup of warps 4 * number and the three after it."""
+        if number not in self.warpgroups:
+            self.warpgroups[number] = Warpgroup(self, number)
+        return self.warpgroups[number]
 
     @property
     def peer(self) -> Cta:

@@ -22,6 +22,7 @@ _TARGET_OF = {"tcgen05": "sm_100a", "clusterlaunchcontrol": "sm_100a", "wgmma": 
 class Opcode:
     emit: Callable
     starts_block: bool
+    ends_block: bool
 
 
 OPCODES: dict[str, Opcode] = {}
@@ -33,13 +34,13 @@ NAMESPACE: dict[str, object] = {
 NAMESPACE.update(BLOCKED=BLOCKED, HOLD=HOLD, EXIT=EXIT)
 
 
-def op(*names: str, starts_block: bool = False) -> Callable:
+def op(*names: str, starts_block: bool = False, ends_block: bool = False) -> Callable:
     """Register an emitter for opcodes that begin with one of `names` (dotted parts; the longest match
     wins)."""
 
     def register(function: Callable) -> Callable:
         for name in names:
-            OPCODES[name] = Opcode(function, starts_block)
+            OPCODES[name] = Opcode(function, starts_block, ends_block)
         return function
 
     return register
@@ -62,6 +63,7 @@ FAMILIES = (
     "isa_tcgen05",
     "isa_clc",
     "isa_mma",
+    "isa_wgmma",
 )
 
 

@@ -18,10 +18,12 @@ from typing import Callable
 import numpy as np
 
 from . import values
-from .flow import TERMINATORS, Block, Effects, liveness, pending_loads, split_blocks
+from .flow import TERMINATORS, Block, Effects, WgmmaRegisters
+from .flow import liveness, pending_loads, split_blocks, wgmma_registers
 from .opcodes import EXIT, NAMESPACE, load_families, lookup
 from .ptx import SINK, Imm, Instr, Kernel, Mem, Not, Reg, Special, Symbol, Vec, parse_module
 from .report import PtxError
+from .wgmma import UNWRITTEN
 
 
 class Recorder:
@@ -174,7 +176,9 @@ def _convert(expr: str, have: object, want: object) -> str:
 class Generator:
     """Second pass: Python source of one block."""
 
-    def __init__(self, kernel: Kernel, classes: dict[int, object], constants: dict[str, object]) -> None:
+    def __init__(
+        self, kernel: Kernel, classes: dict[int, object], constants: dict[str, object], wgmma: WgmmaRegisters
+    ) -> None:
         self.kernel, self.classes, self.constants = kernel, classes, constants
         self.lines: list[str] = []
         self.loaded: list[int] = []
@@ -187,6 +191,9 @@ class Generator:
         self.indent = ""
         self.mask = "m"
         self.emitting = True
+        self.wgmma = wgmma.accumulators | wgmma.left
+        self.tracked = self.wgmma  # empty in instructions that may use them in flight
+        self.touched: set[int] = set()
 
     def line(self, text: str) -> None:
         self.lines.append(self.indent + text)
@@ -212,6 +219,7 @@ class Generator:
     def read(self, operand: object, cls: str, bits: int = 32) -> str:
         """Code for an operand's value in class `cls` (i: `bits` wide)."""
         if isinstance(operand, Reg):
+            self._touch(operand)
             return _convert(self._load(operand), self.classes[operand.index], cls)
         if isinstance(operand, Not):
             return f"pnot({self.read(operand.reg, 'p')})"
@@ -237,10 +245,21 @@ class Generator:
             return self.constant(values.q2v(operand.value & values.M64))
         return str(operand.value & (values.M64 if cls == "q" else (1 << bits) - 1))
 
+    def start(self, instr: Instr) -> None:
+        self.instr, self.tracked = instr, self.wgmma
+
+    def _touch(self, reg: Reg) -> None:
+        """Once per block, for the instructions of wgmma start blocks."""
+        if reg.index in self.tracked and reg.index not in self.touched:
+            if not self.indent:
+                self.touched.add(reg.index)
+            self.line(f"w.wgmma.touch({reg.index}, {self.instr.line})")
+
     def write(self, operand: object, expr: str, cls: str) -> None:
         if operand is SINK:
             self.line(expr)
             return
+        self._touch(operand)
         want = self.classes[operand.index]
         expr = _convert(expr, cls, want)
         if self.mask != "m":
@@ -253,6 +272,8 @@ class Generator:
         self.line(f"v{operand.index} = {expr}")
 
     def copy(self, dst: Reg, src: object, bits: int = 32) -> None:
+        if isinstance(src, Reg):  # ptxas removes moves between registers
+            self.tracked = frozenset()
         want = self.classes[dst.index]
         if isinstance(want, tuple):
             have = self.classes[src.index] if isinstance(src, Reg) else "q"
@@ -308,6 +329,7 @@ class Generator:
         return f"{text} + {mem.offset}" if mem.offset > 0 else f"{text} - {-mem.offset}"
 
     def begin_guard(self, instr: Instr) -> None:
+        self.start(instr)
         if instr.guard is not None:
             guard = self.read(instr.guard, "p")
             for operand in instr.operands:  # a destination keeps its old value in lanes the guard turns off
@@ -336,6 +358,7 @@ class Program:
     pending_loads: dict[int, frozenset[int]] = field(
         default_factory=dict
     )  # line -> lines of tcgen05.ld possibly in flight
+    wgmma: WgmmaRegisters = WgmmaRegisters()
 
 
 def translate(kernel: Kernel) -> Program:
@@ -360,14 +383,19 @@ def translate(kernel: Kernel) -> Program:
     classes = recorder.classes()
     constants: dict[str, object] = {}
     index = {b.start: n for n, b in enumerate(blocks)}
+    wgmma = wgmma_registers(kernel, effects)
     source = []
     for n, block in enumerate(blocks):
-        source.append(_block_source(kernel, n, block, classes, constants, index))
+        gen = Generator(kernel, classes, constants, wgmma)
+        source.append(_block_source(gen, n, block, index))
     text = "\n".join(source)
     namespace = {**NAMESPACE, **constants}
     exec(compile(text, f"<ptx {kernel.name[:40]}>", "exec"), namespace)  # noqa: S102
     functions = [namespace[f"b{n}"] for n in range(len(blocks))]
-    zeros = [_zero(classes[r.index]) for r in kernel.registers]
+    zeros = [
+        UNWRITTEN if r.index in wgmma.accumulators and classes[r.index] == "f" else _zero(classes[r.index])
+        for r in kernel.registers
+    ]
     return Program(
         kernel,
         blocks,
@@ -377,6 +405,7 @@ def translate(kernel: Kernel) -> Program:
         text,
         zeros,
         pending_loads(kernel, blocks, effects),
+        wgmma,
     )
 
 
@@ -393,13 +422,14 @@ def _zero(cls: object) -> object:
     }[cls]
 
 
-def _block_source(kernel: Kernel, n: int, block: Block, classes: dict, constants: dict, index: dict) -> str:
-    gen = Generator(kernel, classes, constants)
+def _block_source(gen: Generator, n: int, block: Block, index: dict) -> str:
+    kernel, classes = gen.kernel, gen.classes
     final = f"return {n + 1}" if n + 1 < len(index) else f"return {EXIT}"
     for i in range(block.start, block.end):
         instr = kernel.instrs[i]
         kind = instr.parts[0]
         if kind in TERMINATORS:
+            gen.start(instr)
             final = _terminator(gen, instr, n, kernel, index)
         else:
             gen.begin_guard(instr)

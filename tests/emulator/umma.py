@@ -292,7 +292,7 @@ def scale_columns(rows: int) -> int:
     return -(-rows // 32)
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a @ b.T. torch, because its thread count can be set: with more threads than free cores a BLAS spins."""
     return torch.mm(torch.from_numpy(a), torch.from_numpy(b).T).numpy()
 
@@ -361,7 +361,7 @@ class Mma:
             scaled_b = b
             if self.block:
                 a, scaled_b = self._apply_scales(cta, a, b, group)
-            self._accumulate(cta, index, _product(a, scaled_b), layout, rows)
+            self._accumulate(cta, index, matrix_product(a, scaled_b), layout, rows)
 
     def _a_values(self, cta, rows: int) -> np.ndarray:
         idesc = self.idesc

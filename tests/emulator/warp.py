@@ -11,6 +11,7 @@ from .memory import DYNAMIC_SMEM_OFFSET, LOCAL_WINDOW, OFFSET_MASK, PARAM_WINDOW
 from .report import EmulatorError, Fault
 from .opcodes import BLOCKED, EXIT, HOLD
 from .values import LANES, _ndarray
+from .wgmma import WarpState
 
 READY, WAITING, DONE = range(3)
 
@@ -42,6 +43,7 @@ class Warp:
         self.bulk_groups: list[list] = []
         self.async_open: list = []  # the same for cp.async
         self.async_groups: list[list] = []
+        self.wgmma = WarpState(self) if program.wgmma else None
         self.specials: dict[str, object] = {}
         self.clock = None  # vector clock, see checks
         if self.check:
@@ -166,6 +168,8 @@ class Warp:
     def _exit_lanes(self, mask: np.ndarray | None) -> None:
         self.live = np.zeros(32, bool) if mask is None else self.live & ~mask
         if not self.live.any():
+            if self.wgmma and self.check:
+                self.wgmma.exit()
             self.state = DONE
             self.cta.warp_done(self)
 
@@ -177,6 +181,9 @@ class Warp:
             return True
         wanted = (membermask >> LANES & 1).astype(bool) & self.live
         return bool((wanted & ~mask).any())
+
+    def needs_all_lanes(self) -> None:
+        raise Fault("an instruction of the whole warpgroup is executed by a part of the warp's 32 lanes")
 
     def wait(self, why: Callable[[], str], timed: bool = False) -> int:
         self.state, self.waiting, self.timed = WAITING, why, timed
