@@ -30,7 +30,7 @@ _SLICES = 4
 _GROUP_THREADS = 128
 # Registers of a thread: of the two copying warps' group, and by the number of multiplying groups.
 _COPY_REGISTERS = 24
-_REGISTERS = {2: 240, 4: 120}
+_REGISTERS = {2: 240, 4: 112}
 # Cache policies of the L2 as the copy engine takes them (CUTLASS, TMA::CacheHintSm90).
 _EVICT_FIRST, _EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 

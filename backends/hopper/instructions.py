@@ -54,6 +54,11 @@ def load2(address: Int32, dtype: type = Int32) -> tuple:
     return ptx("ld.shared.v2.b32 {$0, $1}, [$2];", (dtype,) * 2, (address,))
 
 
+def load2_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
+    """As `load2` where `wanted`, else `old`."""
+    return ptx("@$2 ld.shared.v2.b32 {$0, $1}, [$3];", (type(old[0]),) * 2, (wanted, address, *old), tied=2)
+
+
 def load1(address: Int32, dtype: type = Int32):
     return ptx("ld.shared.b32 $0, [$1];", (dtype,), (address,))[0]
 

@@ -166,6 +166,8 @@ class StreamKernel:
             pairs += total >> 16
         if lane == 0:
             ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
+            if used == 0:
+                ins.store2(smem + self.offset["table"], (Int32(0), Int32(0)))
 
     @cute.jit
     def load(
@@ -247,6 +249,7 @@ class StreamKernel:
                     weight = cute.arch.load(alpha + lane * config.experts + expert, Float32)
                 if (lane >= here) & (lane < GROUP):
                     ins.store1(header + lane * 4, Int32(-1))
+                    ins.store1(header + 32 + lane * 4, Float32(0.0))
             cute.arch.sync_warp()
             block = expert * (config.chunks * 4) + chunk * 4  # of 64 values of K
             fetched = []
@@ -355,8 +358,9 @@ class StreamKernel:
         tokens, weights = [], []
         for i in cutlass.range_constexpr(width):
             header = smem + self.offset["headers"] + places[i] * HEADER_BYTES + t * 8
-            tokens.append(ins.load2(header))
-            weights.append(ins.load2(header + 32, Float32))
+            listed = Boolean(i < left)
+            tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
+            weights.append(ins.load2_if(listed, header + 32, (zero, zero)))
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(width):
             if (lane == 0) & (i < left):
@@ -369,9 +373,6 @@ class StreamKernel:
             low, high = sums[i]
             for j in cutlass.range_constexpr(2):
                 token = tokens[i][j]
-                if cutlass.const_expr(width > 1):
-                    if i >= left:
-                        token = Int32(-1)
                 # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
                 at = base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))
                 if token >= 0:

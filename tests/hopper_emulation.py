@@ -1,0 +1,62 @@
+"""Runs the streaming kernel of the Hopper backend on the emulator and holds its result to the accuracy bar."""
+from __future__ import annotations
+
+import functools
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass.cute.runtime import make_ptr
+
+from backends.hopper import compiler
+from backends.hopper.stream_plan import StreamConfig
+from backends.problem import OUT_DTYPES
+from backends.triton import layout
+from tests.emulator import Report, compile_target, emulate
+from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(config: StreamConfig):
+    with compile_target("sm_90a"):
+        return compiler.compile_kernel(config)
+
+
+def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """counts, token_of and weight_of as `backends.triton.plan.list_tokens` makes them; unwritten parts are poisoned."""
+    m, experts = alpha.shape
+    width = -(-m // 16) * 16
+    token_of = torch.full((experts, width), 1 << 30, dtype=torch.int32)
+    weight_of = torch.full((experts, width), float("nan"))
+    counts = torch.zeros(experts, dtype=torch.int32)
+    for e in range(experts):
+        tokens = alpha[:, e].nonzero().flatten()
+        counts[e] = len(tokens)
+        token_of[e, : -(-len(tokens) // 16) * 16] = -1
+        token_of[e, : len(tokens)] = tokens.int()
+        weight_of[e, : len(tokens)] = alpha[tokens, e]
+    return counts, token_of, weight_of
+
+
+def run(
+    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, layout_a: str = "128x4", **options
+) -> tuple[torch.Tensor, Report]:
+    """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
+    k = config.experts * config.chunks * 256
+    if isinstance(alpha, str):
+        alpha = make_alpha(alpha, m, config.experts, torch.Generator().manual_seed(seed + 1))
+    a, b = make_operands(m, n, k, seed, layout_a)
+    prepared = layout.prepare(b)
+    out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
+    counts, token_of, weight_of = lists(alpha)
+    tensors = dict(
+        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha=alpha.contiguous(), counts=counts,
+        token_of=token_of, weight_of=weight_of, out=out,
+    )  # fmt: skip
+    pointers = [
+        make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
+        for (kind, align), tensor in zip(compiler.pointers(config), tensors.values())
+    ]
+    report = emulate(compiled(config), *pointers, cutlass.Int32(m), cutlass.Int32(n), 0, buffers=tensors, **options)
+    assert_meets_bar(out, *reference(a, b, alpha))
+    return out, report
