@@ -274,6 +274,9 @@ class Generator:
     def copy(self, dst: Reg, src: object, bits: int = 32) -> None:
         if isinstance(src, Reg):  # ptxas removes moves between registers
             self.tracked = frozenset()
+        elif dst.index in self.tracked:
+            self.tracked = frozenset()
+            self.line(f"w.wgmma.initialize({dst.index}, {self.instr.line})")
         want = self.classes[dst.index]
         if isinstance(want, tuple):
             have = self.classes[src.index] if isinstance(src, Reg) else "q"

@@ -211,6 +211,11 @@ class WarpState:
 
     def touch(self, register: int, line: int) -> None:
         """The warp itself reads or writes a register that some wgmma uses."""
+        self.initialize(register, line)
+        self.unfenced[register] = line
+
+    def initialize(self, register: int, line: int) -> None:
+        """A constant is written. Compilers sink these below the wgmma.fence, so it need not follow them."""
         at = self.busy.get(register)
         if at is not None:
             self.w.line = line
@@ -218,7 +223,6 @@ class WarpState:
                 f"register {self._name(register)} is accessed while the wgmma.mma_async at PTX line {at} is in "
                 "flight (no wgmma.wait_group covers it)"
             )
-        self.unfenced[register] = line
 
     def fence(self) -> None:
         self.unfenced.clear()
