@@ -1,11 +1,11 @@
-"""Checks of the tensor pipe and of tensor memory."""
+"""Checks of the tensor pipe, of wgmma and of tensor memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .report import Fault
-from .shadow import SHIFT, Ticket
+from .shadow import SHIFT, Ticket, join
 
 
 class TensorChecks:
@@ -19,13 +19,17 @@ class TensorChecks:
         view[agent] = clock  # operations of one pipe run in order
         return Ticket(view, agent, clock, w)
 
-    def issue_wgmma(self, w, number: int) -> Ticket:
-        """The warpgroup's operation `number` (from 0), as one of its warps issues it."""
-        return Ticket(self._view(w), self._wgmma_agent(w), number + 1, w)
+    def issue_wgmma(self, w, op) -> Ticket:
+        """One warp's part of an operation. Its completion tells any warp of the warpgroup what all four had done
+        when they issued it."""
+        ticket = Ticket(self._view(w), self._wgmma_agent(w), op.number + 1, w)
+        op.clock = self._release(w, op.clock, False)
+        return ticket
 
-    def wgmma_waited(self, w, number: int) -> None:
+    def wgmma_waited(self, w, op) -> None:
         agent = self._wgmma_agent(w)
-        w.clock[agent] = max(w.clock[agent], number + 1)
+        join(w.clock, op.clock)
+        w.clock[agent] = max(w.clock[agent], op.number + 1)
 
     def _wgmma_agent(self, w) -> int:
         return self.wgmma_base + w.cta.rank * self.warpgroups + w.index // 4

@@ -1,7 +1,8 @@
 """Happens-before checking with vector clocks: races are found on any schedule, not only when they strike.
 
 Agents of a cluster are its warps and everything that works beside them: a warp's cp.async, bulk-store and
-tcgen05.ld/st engines, each CTA's tensor pipe, each warpgroup's wgmmas, each mbarrier (bulk copies that signal it). An access leaves an
+tcgen05.ld/st engines, each CTA's tensor pipe, each warpgroup's wgmmas, each mbarrier (bulk copies that signal
+it). An access leaves an
 epoch (agent, clock) in a shadow of the memory; a later access by someone whose vector clock does not cover
 that epoch is a race. Shared memory and global memory are shadowed per 4-byte word (per byte where narrower
 accesses occur), TMEM per column and 16 lanes.

@@ -326,7 +326,7 @@ def store_async(w, address, values, size, barrier, mask):
         if offset % step:
             raise Fault(f"misaligned st.async of {step} bytes to shared offset {offset:#x}")
         if rank != brank:
-            raise Fault(f"st.async to CTA rank {rank} signals an mbarrier of CTA rank {brank}; it must be the same")
+            raise Fault(f"st.async to CTA rank {rank} signals an mbarrier of CTA rank {brank}, not the same")
         smem = cluster.smem(rank)
         smem.check(offset, offset + step, "st.async")
         target = cluster.mbarrier(brank << RANK_SHIFT | boffset, "st.async")

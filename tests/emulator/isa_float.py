@@ -107,7 +107,8 @@ def arithmetic(e, instr: Instr) -> None:
         args = ", ".join(e.read(s, "i", 32 if packed else 16) for s in sources)
         limit = next(iter(mods & {"relu", "sat"}), "")
         name += ".NaN" if "NaN" in mods else ""
-        e.write(d, f"half_arithmetic({name!r}, {kind.removesuffix('x2')!r}, {packed}, {limit!r}, {args})", "i")
+        kind = kind.removesuffix("x2")
+        e.write(d, f"half_arithmetic({name!r}, {kind!r}, {packed}, {limit!r}, {args})", "i")
         return
     cls = {"f32": "f", "f64": "d", "f32x2": "v"}[kind]
     args = [e.read(s, cls, 32) for s in sources]

@@ -1,8 +1,9 @@
 """Warp-level matrix multiply: mma.sync (PTX ISA 9.7.14, "Matrix multiply-accumulate operation using mma
 instruction").
 
-Arithmetic: operand products are exact, one instruction's terms and C are summed in float64 and rounded once to
-float32. The order of the hardware's additions, and what it truncates inside an instruction, are not specified.
+Arithmetic: operand products are exact, one instruction's terms and C are summed in float64 and rounded once
+to float32. The order of the hardware's additions, and what it truncates inside an instruction, are not
+specified.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from .report import PtxError
 from .values import LANES, M32, _ndarray, f2i
 
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}
-_SHAPES = {"m16n8k8": {"f16", "bf16", "tf32"}, "m16n8k16": {"f16", "bf16"}, "m16n8k32": {"e4m3", "e5m2", "s8", "u8"}}
+_SHAPES = {
+    "m16n8k8": {"f16", "bf16", "tf32"},
+    "m16n8k16": {"f16", "bf16"},
+    "m16n8k32": {"e4m3", "e5m2", "s8", "u8"},
+}
 
 
 def fragment_values(registers: list, kind: str) -> np.ndarray:
@@ -49,8 +54,9 @@ def element_values(words: np.ndarray, kind: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=None)
 def a_fragment_index(bits: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of element [register, lane, i] of the 16 x k matrix A ("Matrix fragments for mma.m16n8k*"):
-    row lane/4 + 8*(register%2), column p*(lane%4) + 4*p*(register/2) + i with p elements a register."""
+    """(row, column) of element [register, lane, i] of the 16 x k matrix A ("Matrix fragments for
+    mma.m16n8k16"): row lane/4 + 8*(register%2), column p*(lane%4) + 4*p*(register/2) + i, p elements a
+    register."""
     p = 32 // bits
     r, t, i = np.arange(k // (2 * p))[:, None, None], LANES[None, :, None], np.arange(p)[None, None, :]
     return t // 4 + 8 * (r % 2) + 0 * i, p * (t % 4) + 4 * p * (r // 2) + i

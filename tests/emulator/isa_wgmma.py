@@ -46,7 +46,9 @@ def mma_async(e, instr: Instr) -> None:
     if len(d.items) != n // 2 or len(a_items) not in (0, 4) or not len(flags) == len(rest) == 2 + transposes:
         raise PtxError(f"line {instr.line}: wrong number of operands: {instr.text}")
     if not (set(flags[:2]) <= {1, -1} and set(flags[2:]) <= {0, 1}):
-        raise PtxError(f"line {instr.line}: immediates are 1 or -1 to negate, 0 or 1 to transpose: {instr.text}")
+        raise PtxError(
+            f"line {instr.line}: immediates are 1 or -1 to negate, 0 or 1 to transpose: {instr.text}"
+        )
     form = Form(
         instr.line,
         n,

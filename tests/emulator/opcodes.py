@@ -77,7 +77,7 @@ def lookup(instr: Instr, target: str = "") -> Opcode:
     parts = instr.parts
     only = _TARGET_OF.get(parts[0])
     if target and only and only != target:
-        raise PtxError(f"line {instr.line}: {parts[0]} exists on {only}, the target is {target}: {instr.text}")
+        raise PtxError(f"line {instr.line}: {parts[0]} exists on {only}, not on {target}: {instr.text}")
     for n in range(min(len(parts), 6), 0, -1):
         found = OPCODES.get(".".join(parts[:n]))
         if found:

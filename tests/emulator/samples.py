@@ -412,7 +412,8 @@ DECLARATIONS = """
 
 def kernel(body: str, params: str = ".param .u64 out", target: str = "sm_100a") -> str:
     """PTX of an entry `k` with registers %p, %h, %r, %f, %d, %q and the given body."""
-    return HEADER.replace("sm_100a", target) + f".visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
+    header = HEADER.replace("sm_100a", target)
+    return f"{header}.visible .entry k({params})\n{{{DECLARATIONS}{body}\n ret;\n}}\n"
 
 
 def run(

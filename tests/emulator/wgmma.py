@@ -5,9 +5,9 @@ A wgmma is one operation of four warps: it may run once all of them have issued 
 and it is complete for any of them when `wgmma.wait_group` says so. Until then its accumulator registers hold
 `InFlight` objects, which nothing but a move or a further wgmma may use.
 
-Arithmetic: operand products are exact; the K terms of one instruction and the accumulator are summed in float64
-and rounded once to float32. What the hardware does inside one instruction (order, alignment, truncation) is
-not specified.
+Arithmetic: operand products are exact; the K terms of one instruction and the accumulator are summed in
+float64 and rounded once to float32. What the hardware does inside one instruction (order, alignment,
+truncation) is not specified.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from .isa_mma import a_fragment_index, fragment_values
 from .report import Fault
 from .umma import SmemDescriptor, matrix_product, operand_words, smem_operand
-from .values import LANES, _ndarray
+from .values import LANES
 
 _BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8}
 _KIND = {16: "f16", 32: "tf32", 8: "f8f6f4"}  # names of umma's operand kinds, by element bits
@@ -40,7 +40,9 @@ def decode_descriptor(bits: int) -> SmemDescriptor:
     if bits >> 49 & 7:
         raise Fault(f"matrix descriptor {bits:#018x}: base offset {bits >> 49 & 7} is not modelled")
     swizzle = (0, 2, 4, 6)[bits >> 62]
-    return SmemDescriptor((bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4, swizzle)
+    return SmemDescriptor(
+        (bits & 0x3FFF) << 4, (bits >> 16 & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4, swizzle
+    )
 
 
 @functools.lru_cache(maxsize=None)
@@ -82,8 +84,8 @@ class InFlight:
 
     def refuse(self, *_args: object, **_kwargs: object) -> None:
         raise Fault(
-            f"a copy of an accumulator register is used while the wgmma.mma_async at PTX line {self.op.form.line} "
-            "is in flight (no wgmma.wait_group covers it)"
+            f"a copy of an accumulator register is used while the wgmma.mma_async at PTX line "
+            f"{self.op.form.line} is in flight (no wgmma.wait_group covers it)"
         )
 
     __array__ = __float__ = __int__ = __index__ = __bool__ = __neg__ = __abs__ = __invert__ = refuse
@@ -108,6 +110,7 @@ class Op:
         self.issued = 0
         self.done = False
         self.waiters: list = []
+        self.clock = None  # vector clock, see checks
         self.result: np.ndarray | None = None  # float32[64, n]
 
     def execute(self) -> None:
@@ -173,8 +176,8 @@ class Warpgroup:
             op = self.open[number] = Op(self, form, number, operands)
         elif op.form is not form or op.operands != operands:
             raise Fault(
-                f"the warps of a warpgroup must execute the same wgmma.mma_async: another warp's was at PTX line "
-                f"{op.form.line} with (A, B descriptor, scale-d) {_show(op.operands)}, this one is at line "
+                f"the warps of a warpgroup must execute the same wgmma.mma_async: another warp's was at PTX "
+                f"line {op.form.line} with (A, B descriptor, scale-d) {_show(op.operands)}, this one is at line "
                 f"{form.line} with {_show(operands)}"
             )
         w.wgmma.number += 1
@@ -220,8 +223,8 @@ class WarpState:
         if at is not None:
             self.w.line = line
             raise Fault(
-                f"register {self._name(register)} is accessed while the wgmma.mma_async at PTX line {at} is in "
-                "flight (no wgmma.wait_group covers it)"
+                f"register {self._name(register)} is accessed while the wgmma.mma_async at PTX line {at} is "
+                "in flight (no wgmma.wait_group covers it)"
             )
 
     def fence(self) -> None:
@@ -239,7 +242,8 @@ class WarpState:
             )
 
     def accumulator(self, form: Form, values: list, accumulate: bool):
-        """What D holds before the operation: the operation in flight on the same registers, or their values."""
+        """What D holds before the operation: the operation in flight on the same registers, or their
+        values."""
         first = values[0]
         if type(first) is InFlight:
             op = first.op
@@ -247,15 +251,15 @@ class WarpState:
                 type(v) is not InFlight or v.op is not op or v.row != i for i, v in enumerate(values)
             ):
                 raise Fault(
-                    f"wgmma.mma_async accumulates in registers of which the one at PTX line {op.form.line} uses "
-                    "only some, or with another shape, and is still in flight"
+                    f"wgmma.mma_async accumulates in registers of which the one at PTX line {op.form.line} "
+                    "uses only some, or with another shape, and is still in flight"
                 )
             return op
         for register, value in zip(form.d_registers, values):
             if type(value) is InFlight or register in self.busy:
                 raise Fault(
-                    f"wgmma.mma_async accumulates in register {self._name(register)}, which another one still "
-                    f"uses (PTX line {self.busy.get(register)})"
+                    f"wgmma.mma_async accumulates in register {self._name(register)}, which another one "
+                    f"still uses (PTX line {self.busy.get(register)})"
                 )
             if accumulate and value is UNWRITTEN:
                 raise Fault(
@@ -266,7 +270,11 @@ class WarpState:
             return None
         out = np.empty((len(values), 32), np.float32)
         for i, v in enumerate(values):
-            out[i] = v if getattr(v, "dtype", None) == np.float32 else np.asarray(v).astype(np.uint32).view(np.float32)
+            out[i] = (
+                v
+                if getattr(v, "dtype", None) == np.float32
+                else np.asarray(v).astype(np.uint32).view(np.float32)
+            )
         return out
 
     def start(self, form: Form, d: list, a: list, operands: tuple) -> list[InFlight]:
@@ -291,7 +299,7 @@ class WarpState:
 
     def _check_operands(self, op: Op) -> None:
         check, form, rank = self.w.check, op.form, self.w.cta.rank
-        ticket = check.issue_wgmma(self.w, op.number)
+        ticket = check.issue_wgmma(self.w, op)
         kind = _KIND[_BITS[form.a_kind]]
         if not form.a_registers:
             at = operand_words(decode_descriptor(op.operands[0]), 64, form.a_kind, form.a_mn, kind)
@@ -325,7 +333,7 @@ class WarpState:
         w = self.w
         w.machine.counters["wgmma waits"] += 1
         if w.check:
-            w.check.wgmma_waited(w, last.number)
+            w.check.wgmma_waited(w, last)
         values: dict[int, np.ndarray] = {}
         zeros = w.machine.program.zero_registers
         for index in w.machine.program.wgmma.copies:
@@ -342,6 +350,6 @@ class WarpState:
         pending = [op for group in (*self.groups, self.open) for op in group]
         if pending:
             raise Fault(
-                f"warp {self.w.index} exits while the wgmma.mma_async at PTX line {pending[0].form.line} is in "
-                "flight: the shared memory it reads may be gone"
+                f"warp {self.w.index} exits while the wgmma.mma_async at PTX line {pending[0].form.line} is "
+                "in flight: the shared memory it reads may be gone"
             )
