@@ -38,6 +38,20 @@ def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return counts, token_of, weight_of
 
 
+def gathered(a, counts: torch.Tensor, token_of: torch.Tensor, experts: int) -> torch.Tensor:
+    """The activations as `backends.triton.plan.gather_tokens` makes them; what it does not write is NaN."""
+    width, k = token_of.shape[1], a.shape[1]
+    values = (a.dequantize().double() / 256).half()
+    out = torch.full((experts, width, k // experts), float("nan"), dtype=torch.float16)
+    for e in range(experts):
+        tokens = token_of[e, : counts[e]].long()
+        out[e, : len(tokens)] = values[tokens, e * (k // experts) : (e + 1) * (k // experts)]
+    # 16 values of a lane: 8w + {0, 4, 1, 5}, then 8w + {2, 6, 3, 7}, of its word w.
+    pieces = out.view(experts, width // 8, 8, k // experts // 256, 4, 4, 2, 8)  # e eight token chunk q t w value
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    return pieces[..., order].permute(0, 1, 3, 4, 6, 2, 5, 7).contiguous()
+
+
 def run(
     config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, layout_a: str = "128x4", **options
 ) -> tuple[torch.Tensor, Report]:
@@ -50,8 +64,8 @@ def run(
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha=alpha.contiguous(), counts=counts,
-        token_of=token_of, weight_of=weight_of, out=out,
+        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha=alpha.contiguous(),
+        gathered=gathered(a, counts, token_of, config.experts), counts=counts, token_of=token_of, weight_of=weight_of, out=out,
     )  # fmt: skip
     pointers = [
         make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)

@@ -19,7 +19,7 @@ SYMBOL = "fc2"
 def pointers(config: StreamConfig) -> list[tuple[type, int]]:
     """Type and alignment in bytes of each pointer of `StreamKernel.__call__`."""
     byte, word, real = (cutlass.Uint8, 16), (cutlass.Int32, 4), (cutlass.Float32, 4)
-    return [byte, byte, byte, byte, real, word, word, real, (OUT_TYPES[config.out_dtype], 2)]
+    return [byte, byte, byte, byte, real, byte, word, (cutlass.Int32, 16), (cutlass.Float32, 16), (OUT_TYPES[config.out_dtype], 2)]
 
 
 def compile_kernel(config: StreamConfig, machine: str = platform.machine(), options: str = ""):

@@ -45,6 +45,7 @@ class StreamKernel:
         w_data: cute.Pointer,
         w_scale: cute.Pointer,
         alpha: cute.Pointer,
+        gathered: cute.Pointer,
         counts: cute.Pointer,
         token_of: cute.Pointer,
         weight_of: cute.Pointer,
@@ -59,23 +60,23 @@ class StreamKernel:
             a_data, a_scale: uint8, e2m1 [tokens, K/2] and its scale factors.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
             alpha: float32 [tokens, E].
-            counts, token_of, weight_of: of `plan.list_tokens`; unused where the kernel is not `listed`.
+            gathered, counts, token_of, weight_of: of `backends/triton/plan.py`; unused where not `gathered`.
             out: [tokens, hidden].
         """
-        self.kernel(a_data, a_scale, w_data, w_scale, alpha, counts, token_of, weight_of, out, tokens, hidden).launch(
+        self.kernel(a_data, a_scale, w_data, w_scale, alpha, gathered, counts, token_of, weight_of, out, tokens, hidden).launch(
             grid=(cute.ceil_div(hidden, self.config.rows), 1, 1),
             block=(self.config.threads, 1, 1),
             smem=self.offset["end"],
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=self.config.listed,
+            use_pdl=self.config.gathered,
         )
 
     @cute.kernel
     def kernel(
         self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
-        alpha: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer,
-        out: cute.Pointer, tokens: Int32, hidden: Int32,
+        alpha: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer,
+        weight_of: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -89,7 +90,7 @@ class StreamKernel:
         zero = Float32(0.0)
         for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
-        if cutlass.const_expr(config.listed):
+        if cutlass.const_expr(config.gathered):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         else:
@@ -106,8 +107,11 @@ class StreamKernel:
             if warp < config.consumers:
                 self.consume(smem, barriers, used, warp, lane)
             elif warp < config.consumers + config.helpers:
-                helper = warp - config.consumers
-                self.gather(smem, barriers, groups, helper, lane, a_data, a_scale, alpha, token_of, weight_of, tokens)
+                if cutlass.const_expr(config.gathered):
+                    if lane == 0:
+                        self.fetch(smem, barriers, groups, gathered, token_of, weight_of, tokens)
+                else:
+                    self.gather(smem, barriers, groups, warp - config.consumers, lane, a_data, a_scale, alpha)
             elif lane == 0:
                 self.load(smem, barriers, used, w_data, w_scale, hidden)
             cute.arch.sync_threads()
@@ -144,7 +148,7 @@ class StreamKernel:
         for first in cutlass.range(0, experts, 32, unroll=1):
             count = Int32(0)
             if first + lane < experts:
-                if cutlass.const_expr(self.config.listed):
+                if cutlass.const_expr(self.config.gathered):
                     count = cute.arch.load(counts + first + lane, Int32)
                 else:
                     count = cute.arch.popc(ins.load1(smem + self.offset["masks"] + (first + lane) * 4))
@@ -192,15 +196,46 @@ class StreamKernel:
             ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), Int32(full.toint()))
 
     @cute.jit
+    def fetch(
+        self, smem: Int32, barriers: cute.Pointer, groups: Int32, gathered: cute.Pointer, token_of: cute.Pointer,
+        weight_of: cute.Pointer, tokens: Int32,
+    ):  # fmt: skip
+        """One lane: copy slot after slot of gathered activations, with its tokens and their alpha."""
+        config = self.config
+        width = Int64(cute.ceil_div(tokens, 16) * 16)
+        entry, chunk, group = Int32(0), Int32(0), Int32(0)
+        packed = ins.load1(smem + self.offset["table"])
+        for slot in cutlass.range(groups * config.chunks, unroll=1):
+            while group * GROUP >= packed >> 16:
+                group = Int32(0)
+                chunk += 1
+                if chunk == config.chunks:
+                    chunk = Int32(0)
+                    entry += 1
+                    packed = ins.load1(smem + self.offset["table"] + entry * 8)
+            first = (packed & 0xFFFF) * width + group * GROUP
+            place, turn = slot % config.slots, slot // config.slots
+            if turn > 0:
+                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
+            full = self._barrier(barriers, "slot_full", place)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)
+            target = smem + self.offset["activations"] + place * SLOT_BYTES
+            source = Int64(gathered.toint()) + (first // GROUP * config.chunks + chunk) * SLOT_BYTES
+            ins.copy_bulk(target, source, Int32(SLOT_BYTES), Int32(full.toint()))
+            header = smem + self.offset["headers"] + place * HEADER_BYTES
+            ins.copy_bulk(header, Int64(token_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
+            ins.copy_bulk(header + 32, Int64(weight_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
+            group += 1
+
+    @cute.jit
     def gather(
         self, smem: Int32, barriers: cute.Pointer, groups: Int32, helper: Int32, lane: Int32, a_data: cute.Pointer,
-        a_scale: cute.Pointer, alpha: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer, tokens: Int32,
+        a_scale: cute.Pointer, alpha: cute.Pointer,
     ):  # fmt: skip
         """Every `helpers`-th slot: list its tokens, fetch their codes, decode them.
 
         A half-warp takes one token at a time; lane 4q + t of it takes the 16 values of quarter q and lane t of the
-        matrix instruction. Of a slot's [token 8][quarter 4][word pair 2][t 4] pieces of 16 bytes, the two word pairs
-        change places with the parities of token and quarter, so that neither side meets bank conflicts.
+        matrix instruction. A slot is [quarter 4][word 2][token 8][t 4] pieces of 16 bytes, as in `plan.gather_tokens`.
         """
         config = self.config
         k = config.experts * config.chunks * CHUNK
@@ -211,7 +246,6 @@ class StreamKernel:
             scales += quarter * 512 + t
         else:
             scales += quarter * 4 + t
-        width = Int64(cute.ceil_div(tokens, 16) * 16)
         entry, chunk, group = Int32(0), Int32(0), helper
         packed = ins.load1(smem + self.offset["table"])
         members = packed >> 16
@@ -230,26 +264,16 @@ class StreamKernel:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
             here = members - group * GROUP
             header = smem + self.offset["headers"] + place * HEADER_BYTES
-            weight, listed = Float32(0.0), Boolean(False)
-            place_of_weight = Int32(0)
-            if cutlass.const_expr(config.listed):
-                listed = lane < GROUP
-                if listed:
-                    at = expert * width + group * GROUP + lane
-                    place_of_weight = lane
-                    weight = cute.arch.load(weight_of + at, Float32)
-                    ins.store1(header + lane * 4, cute.arch.load(token_of + at, Int32))
-            else:
-                mask = ins.load1(smem + self.offset["masks"] + expert * 4)
-                place_of_weight = cute.arch.popc(mask & ((Int32(1) << lane) - 1)) - group * GROUP
-                listed = ((mask >> lane) & 1) == 1
-                listed = listed & (place_of_weight >= 0) & (place_of_weight < GROUP)
-                if listed:
-                    ins.store1(header + place_of_weight * 4, lane)
-                    weight = cute.arch.load(alpha + lane * config.experts + expert, Float32)
-                if (lane >= here) & (lane < GROUP):
-                    ins.store1(header + lane * 4, Int32(-1))
-                    ins.store1(header + 32 + lane * 4, Float32(0.0))
+            mask = ins.load1(smem + self.offset["masks"] + expert * 4)
+            rank = cute.arch.popc(mask & ((Int32(1) << lane) - 1)) - group * GROUP
+            listed = (((mask >> lane) & 1) == 1) & (rank >= 0) & (rank < GROUP)
+            weight = Float32(0.0)
+            if listed:
+                ins.store1(header + rank * 4, lane)
+                weight = cute.arch.load(alpha + lane * config.experts + expert, Float32)
+            if (lane >= here) & (lane < GROUP):
+                ins.store1(header + lane * 4, Int32(-1))
+                ins.store1(header + 32 + lane * 4, Float32(0.0))
             cute.arch.sync_warp()
             block = expert * (config.chunks * 4) + chunk * 4  # of 64 values of K
             fetched = []
@@ -262,15 +286,14 @@ class StreamKernel:
                     at = row * (k // 16) + block * 4
                 fetched.append(ins.load_packed_if(token >= 0, codes + row * (k // 2) + block * 32, scales + at))
             if listed:
-                ins.store1(header + 32 + place_of_weight * 4, weight)
+                ins.store1(header + 32 + rank * 4, weight)
             for i in cutlass.range_constexpr(4):
                 if 2 * i < here:
                     token = 2 * i + half
                     values = ins.decode_activations(fetched[i][:2], fetched[i][2])
-                    swap = (token ^ quarter) & 1
-                    target = smem + self.offset["activations"] + place * SLOT_BYTES + token * 512 + quarter * 128 + t * 16
-                    ins.store4(target + swap * 64, values[:4])
-                    ins.store4(target + (1 - swap) * 64, values[4:])
+                    target = smem + self.offset["activations"] + place * SLOT_BYTES + quarter * 1024 + token * 64 + t * 16
+                    ins.store4(target, values[:4])
+                    ins.store4(target + 512, values[4:])
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_full", place))
@@ -336,10 +359,7 @@ class StreamKernel:
             if left <= width:
                 if lane == 0:
                     cute.arch.mbarrier_arrive(self._barrier(barriers, "acquired", warp))
-        # See `gather` for the order inside a slot.
-        own = g * 512 + t * 16 + (g % 2) * 64
-        pieces = [smem + self.offset["activations"] + place * SLOT_BYTES + own for place in places]
-        swapped = [smem + self.offset["activations"] + place * SLOT_BYTES + (own ^ 64) for place in places]
+        pieces = [smem + self.offset["activations"] + place * SLOT_BYTES + lane * 16 for place in places]
         present = [g < members - i * GROUP for i in range(width)]
         zero = Float32(0.0)
         sums = [[(zero, zero, zero, zero) for _ in range(2)] for _ in range(width)]
@@ -347,9 +367,8 @@ class StreamKernel:
         for q in cutlass.range_constexpr(4):
             factors = [ins.split_scales(scales[q], half) for half in range(2)]
             for pair in cutlass.range_constexpr(2):
-                at = swapped if (pair ^ q) & 1 else pieces
                 for i in cutlass.range_constexpr(width):
-                    right[i] = ins.load4_if(present[i], at[i] + q * 128, right[i])
+                    right[i] = ins.load4_if(present[i], pieces[i] + (2 * q + pair) * 512, right[i])
                 for step in cutlass.range_constexpr(2):
                     for half in cutlass.range_constexpr(2):
                         operand = ins.decode_weights(words[q][half][2 * pair + step], factors[half])

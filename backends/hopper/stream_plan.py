@@ -20,12 +20,13 @@ class StreamConfig:
     Attributes:
         rows: of B per CTA, 32 or 64.
         phases: items in work at once, each by one warp per 32 rows.
-        helpers: warps that gather and decode activations.
+        helpers: warps that gather and decode activations; 1 where they are `gathered` already.
         stages: items of weights in shared memory.
         slots: groups of 8 tokens of activations in shared memory; a multiple of `helpers`.
         tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
         experts, chunks: E, and I / 256.
-        listed: tokens come from lists in memory (`plan.list_tokens`), else from alpha, for at most `MASK_TOKENS`.
+        gathered: tokens and activations were listed and gathered by the kernels of `backends/triton/plan.py`; else this
+            kernel does so from alpha and A, for at most `MASK_TOKENS` tokens.
         has_dense: return at once where alpha is dense, since another kernel takes the call.
         a_swizzled: A's scale factors are in the "128x4" layout, else linear.
         out_dtype: "bfloat16", "float16" or "float32".
@@ -39,7 +40,7 @@ class StreamConfig:
     tokens: int
     experts: int
     chunks: int
-    listed: bool
+    gathered: bool
     has_dense: bool
     a_swizzled: bool
     out_dtype: str
@@ -80,7 +81,7 @@ class StreamConfig:
             "barriers": 8 * self.barriers["end"],
             "totals": 16,
             "table": self.experts * 8,
-            "masks": 0 if self.listed else self.experts * 4,
+            "masks": 0 if self.gathered else self.experts * 4,
         }
         return _running(sizes)
 
