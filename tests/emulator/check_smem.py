@@ -126,7 +126,14 @@ class SharedChecks:
     def async_smem_read(self, ticket: Ticket, rank: int, at, what: str) -> None:
         """An async-proxy read of the words `at` (an index array or slice)."""
         shadow = self.smem[rank]
-        epoch, empty = shadow.words.scan(at, ticket.view)
+        try:
+            epoch, empty = shadow.words.scan(at, ticket.view)
+        except IndexError:
+            end = int(at.max()) * 4 + 4
+            raise Fault(
+                f"{what} at shared offset {end - 4:#x} of CTA rank {rank} is out of bounds: the CTA ends at "
+                f"{self.machine.smem_end:#x}"
+            ) from None
         if shadow.bytes is not None and not epoch:
             index = np.arange(at.start, at.stop) if isinstance(at, slice) else at
             parts = index.ravel()[:, None] * 4 + np.arange(4)

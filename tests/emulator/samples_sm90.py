@@ -43,9 +43,7 @@ def gemm_warpgroup(left_in_registers: bool = False) -> str:
     xor.b32 %y, %x, {32 * step + 16 * half};
     ld.shared.b32 %a{4 * step + 2 * half}, [%y];
     ld.shared.b32 %a{4 * step + 2 * half + 1}, [%y + 1024];""")
-        fragments += [
-            f"    mul.f16x2 %a{i}, %a{i}, 0x40004000; // @double" for i in range(4 * step, 4 * step + 4)
-        ]
+        fragments += [f"    mul.f16x2 %a{i}, %a{i}, %two; // @double" for i in range(4 * step, 4 * step + 4)]
     # Row lane/4 of the warp's 16 begins at 128 * row; its 16-byte chunks are swizzled by the row.
     load_left = f"""
     and.b32 %x, %lane, 28;
@@ -75,22 +73,24 @@ def gemm_warpgroup(left_in_registers: bool = False) -> str:
 .reqntid 160, 1, 1
 {{
     .reg .pred %p, %done, %elected, %more;
-    .reg .b32 %smem, %tid, %warp, %lane, %x, %y, %stage, %bar, %k, %kcoord, %slot, %phase, %total, %zero;
+    .reg .b32 %smem, %thread, %warp, %lane, %x, %y, %stage, %bar, %k, %kcoord, %slot, %phase;
+    .reg .b32 %total, %zero, %two;
     .reg .b32 %groups, %tiles, %group, %tile, %previous;
     .reg .b32 %a<16>;
     .reg .f32 %c<32>;
     .reg .b64 %q, %qa, %qb, %adesc, %bdesc, %map;
 
     mov.b32 %smem, smem;
-    mov.u32 %tid, %tid.x;
-    shr.u32 %warp, %tid, 5;
+    mov.u32 %thread, %tid.x;
+    shr.u32 %warp, %thread, 5;
     shfl.sync.idx.b32 %warp, %warp, 0, 31, -1;
-    and.b32 %lane, %tid, 31;
+    and.b32 %lane, %thread, 31;
     mov.b32 %zero, 0;
+    mov.b32 %two, 0x40004000;
     ld.param.b32 %groups, [groups];
     ld.param.b32 %tiles, [tiles];
     mul.lo.s32 %total, %groups, %tiles;
-    setp.ne.s32 %p, %tid, 0;
+    setp.ne.s32 %p, %thread, 0;
     @%p bra initialized;
 {barriers}
     fence.mbarrier_init.release.cluster;
@@ -160,7 +160,7 @@ tile_loop:
     @%p bra released;
     shl.b32 %x, %previous, 3;
     add.s32 %x, %x, %smem;
-    setp.ne.s32 %p, %tid, 0;
+    setp.ne.s32 %p, %thread, 0;
     @%p bra released;
     mbarrier.arrive.shared::cta.b64 _, [%x + {8 * STAGES}]; // @release
 released:
@@ -243,15 +243,15 @@ def single_wgmma(
     .param .u64 adesc, .param .u64 bdesc)
 {{
     .reg .pred %p, %more;
-    .reg .b32 %smem, %tid, %x, %y, %bytes;
+    .reg .b32 %smem, %thread, %x, %y, %bytes;
     .reg .b32 %a<4>;
     .reg .f32 %c<{count}>;
     .reg .b64 %q, %qa, %qb, %qc, %qd, %qx, %image;
     mov.b32 %smem, smem;
-    mov.u32 %tid, %tid.x;
+    mov.u32 %thread, %tid.x;
     ld.param.u64 %image, [image];
     ld.param.u32 %bytes, [bytes];
-    shl.b32 %x, %tid, 2;
+    shl.b32 %x, %thread, 2;
 copy:
     cvt.u64.u32 %qx, %x;
     add.s64 %q, %image, %qx;
@@ -264,11 +264,11 @@ copy:
     fence.proxy.async.shared::cta; // @proxy_fence
     bar.sync 0; // @barrier
     ld.param.u64 %qa, [a];
-    mad.wide.u32 %qa, %tid, 16, %qa;
+    mad.wide.u32 %qa, %thread, 16, %qa;
     ld.param.u64 %qc, [c];
-    mad.wide.u32 %qc, %tid, {4 * count}, %qc;
+    mad.wide.u32 %qc, %thread, {4 * count}, %qc;
     ld.param.u64 %qd, [out];
-    mad.wide.u32 %qd, %tid, {4 * count}, %qd;
+    mad.wide.u32 %qd, %thread, {4 * count}, %qd;
 {load_a}
 {load_c}
     ld.param.u64 %q, [adesc];
