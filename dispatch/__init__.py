@@ -5,10 +5,10 @@
 from backends import Fc2Backend, Fc2Problem, Nvfp4Tensor, PreparedOperand, Support, Tactic
 from backends import pack_experts, quantize_nvfp4, register
 from dispatch.api import backends, explain, fc2, prepare
-from dispatch.choice import Decision
 from dispatch.execute import fold_scales
 from dispatch.errors import ArgumentError, ArgumentTypeError, Fc2Error, NotCompiledError, PerformanceWarning
 from dispatch.errors import UnavailableError
+from dispatch.report import Decision
 from dispatch.tune import TuneReport, autotune
 
 __version__ = "0.1.0"

@@ -15,10 +15,11 @@ from backends import registry
 from backends.device import DeviceInfo
 from backends.problem import OUT_DTYPES, Fc2Problem
 from dispatch import calibrate, environment, store
-from dispatch.choice import Pin, choose
+from dispatch.choice import choose
 from dispatch.errors import ArgumentError, Fc2Error
 from dispatch.hardware import GPUS
 from dispatch.measured import Table
+from dispatch.pins import Pin
 from dispatch.shapes import SHAPES
 from dispatch.tune import ROUNDS, autotune, judge
 
@@ -56,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", help=f"a GPU to decide for: {', '.join(GPUS)}; default the one at hand")
     explain.add_argument("--backend", default="auto")
     explain.add_argument("--tactic", help="a tactic or some of its fields, such as 'cute(tile_n=64)'")
-    explain.add_argument(
-        "--all", action="store_true", help="look at every tactic, also those that could not be taken"
-    )
     explain.set_defaults(run=_explain)
 
     tune = commands.add_parser("tune", help="measure tactics on this GPU for later decisions")
@@ -205,7 +203,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     for problem in _problems(arguments, arguments.m):
         problem = replace(problem, device_type=device.type, capability=device.capability)
         known = store.measured_for(device)
-        print(choose(problem, device, known, arguments.backend, pin, complete=arguments.all))
+        print(choose(problem, device, known, arguments.backend, pin))
     return 0
 
 
@@ -286,7 +284,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _ship(arguments: argparse.Namespace) -> int:
     tuned = Table.parse(arguments.table.read_text(encoding="utf-8"))
     path = store.SHIPPED / store.file_name(tuned.gpu)
-    table = (store.load(path) or Table(tuned.gpu)).merged([e for e in tuned.entries if not e.rough])
+    table = (store.load(path) or Table(tuned.gpu)).merged(tuned.entries)
     store.write(path, calibrate.fitted(table))
     print(f"{path}: {_counts(table)}")
     print(calibrate.summary(calibrate.leave_one_out(table)))

@@ -12,10 +12,15 @@ from backends.interface import Operand, Support
 from backends.operand import BLOCK, Nvfp4Tensor
 from backends.problem import Fc2Problem
 from dispatch.arguments import check_operands, check_out
-from dispatch.choice import Decision, TacticLike, choose
+from dispatch.choice import choose
 from dispatch.errors import ArgumentError
 from dispatch.execute import decide, run_fc2
 from dispatch.library import traced_fc2
+from dispatch.pins import TacticLike
+from dispatch.report import Decision
+
+# `prepare` knows no token count: a backend that takes the weights at one of these will run them.
+_SOME_TOKENS = (1, 128)
 
 
 def fc2(
@@ -72,8 +77,9 @@ def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto", *, in_place: bo
 
     Returns:
         An operand for `fc2`, or b itself where the backend has no better order. One that `b.layout` marks as
-        "backend/form" can be read by that backend only, and `backends.get(name).unprepare` is the exact inverse. Without
-        `in_place` it holds copies: drop b to free its memory.
+        "backend/form" can be read by the backends that know this form, whichever of them made it, and
+        `backends.get(name).unprepare` is the exact inverse. Without `in_place` it holds copies: drop b to free its
+        memory.
 
     Raises:
         ArgumentError: unknown backend, K is not a multiple of 16 * experts, or weights that the fast order cannot hold
@@ -91,7 +97,8 @@ def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto", *, in_place: bo
         layout = chosen.prepared_layout(plain) or plain.b_layout
         ready = replace(plain, b_layout=layout)
         support = chosen.is_automatic(device) if backend == "auto" else chosen.is_supported(device)
-        if support and chosen.can_implement(ready, chosen.default_tactic(ready)):
+        calls = [replace(ready, m=m) for m in _SOME_TOKENS]
+        if support and any(chosen.can_implement(call, chosen.default_tactic(call)) for call in calls):
             try:
                 return chosen.prepare(b, in_place) if layout != b.layout else b
             except ValueError as error:

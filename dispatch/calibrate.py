@@ -12,8 +12,9 @@ from typing import Optional, Sequence
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.choice import pick_among
+from dispatch.evidence import Measured
 from dispatch.hardware import GPUS, Gpu
-from dispatch.measured import Entry, Measured, Table, wanted_alpha
+from dispatch.measured import Entry, Table
 from dispatch.model import Model, fit
 
 
@@ -72,19 +73,19 @@ def leave_one_out(table: Table) -> list[LeftOut]:
     problems = dict.fromkeys(e.problem for e in table.entries if e.seconds is not None)
     results = []
     for problem in problems:
-        here = everything.evidence(problem, wanted_alpha(problem)).here
-        if not here:
+        here = everything.evidence(problem).estimates
+        if all(estimate.evidence != "here" for estimate in here.values()):
             continue
         rest = tuple(e for e in table.entries if e.problem != problem and e.seconds is not None)
-        evidence = Measured(replace(table, entries=rest), model=_fit(rest, gpu)).evidence(problem)
-        tactics = sorted(here, key=str)
-        estimates = {tactic: evidence.estimate(tactic) for tactic in tactics}
+        others = Measured(replace(table, entries=rest), model=_fit(rest, gpu))
+        evidence = others.evidence(problem, allowed=here.__contains__)
+        estimates = {tactic: evidence.estimate(tactic) for tactic in here}
         results.append(
             LeftOut(
                 problem,
-                {tactic: here[tactic].seconds for tactic in tactics},
+                {tactic: estimate.seconds for tactic, estimate in here.items()},
                 {tactic: e.seconds if e else None for tactic, e in estimates.items()},
-                pick_among(tactics, evidence),
+                pick_among(tuple(here), others, problem),
             )
         )
     return results

@@ -12,7 +12,7 @@ from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.choice import choose
 from dispatch.errors import Fc2Error, UnavailableError
-from dispatch.measured import Measured
+from dispatch.evidence import Measured
 
 #: Between two tuned token counts, using one's winner at the other may cost at most this; else one between is
 #: tuned.
@@ -96,7 +96,7 @@ def plan(
         if not backends and not registry.get(name).is_automatic(device):
             continue
         try:
-            decision = choose(point.problem, device, measured, name, complete=True)
+            decision = choose(point.problem, device, measured, name)
         except Fc2Error:
             if backends:
                 raise

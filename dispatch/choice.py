@@ -4,36 +4,38 @@ How "auto" decides, in this order:
 
 1. Rejected are backends that the device or the installed packages cannot run, tactics that cannot implement
    the problem, and tactics that failed while tuning this shape.
-2. Inside a backend: the rule, if one applies (`_rules`), unless the user's own tuning of this very problem
-   found something faster; else the best measured tactic at this m; else, between measured token counts, times
-   interpolated per tactic; else the model, held against what was measured of the shape; else the backend's
-   default tactic.
-3. Between backends: the first in registry order stays unless another one is known to be faster.
-4. "Faster" means by more than `TIE_MARGIN`. Inside the margin the incumbent (rule or default tactic) wins,
-   then the fixed order of candidates: ranks with the same tables agree without talking.
+2. A rule (`_rules`), where one applies, unless the user's own tuning of this very problem found something
+   faster.
+3. The best tactic measured at this m, of all backends.
+4. Between token counts that were measured: the best of the times interpolated between the two nearest, see
+   `Evidence.estimates`. Beyond them: the best at the nearest, unless the model promises far more.
+5. Where the shape was not measured, the model, and where the model says nothing the default tactic of the
+   first backend. Here another backend replaces the first one only if both have a predicted time.
+
+"Faster" means by more than `TIE_MARGIN`. Inside the margin of the best, the first backend in registry order
+wins, then its default tactic, then the first by name: ranks with the same tables agree without talking.
 
 alpha lies on the device and is never read here. Times are taken for rows with `assumed_top_k(experts)`
-nonzeros, the usual routed case; where only dense times were measured, those.
+nonzeros, the usual routed case, or with the number that the user's own tuning names; where only dense times
+were measured, those.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields, replace
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+import functools
+from dataclasses import fields
+from typing import Iterable, Iterator, Optional, Sequence
 
 from backends import registry
 from backends.device import DeviceInfo
-from backends.interface import SUPPORTED, Fc2Backend, Support
-from backends.problem import Fc2Problem, dtype_name
+from backends.interface import Fc2Backend
+from backends.problem import Fc2Problem
 from backends.tactic import Tactic
-from dispatch.errors import ArgumentError, ArgumentTypeError, UnavailableError
-from dispatch.hardware import floor_seconds, gpu_of
-from dispatch.measured import Estimate, Evidence, Measured
-
-#: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that
-#: diverge on ties are about differences of 0.08 to 2%.
-TIE_MARGIN = 0.02
+from dispatch.errors import ArgumentError, UnavailableError
+from dispatch.evidence import Estimate, Evidence, Measured
+from dispatch.model import ALPHA_ANY, ALPHA_DENSE
+from dispatch.pins import Pin, TacticLike
+from dispatch.report import TIE_MARGIN, Candidate, Decision, Survey
 
 #: Beyond the token counts that were measured, a tactic never measured at this shape must be predicted to be
 #: faster by more than this share to displace those that were: several times the model's own error
@@ -44,216 +46,12 @@ MODEL_MARGIN = 0.25
 NOTHING = Measured()
 
 
-@dataclass(frozen=True)
-class Pin:
-    """Some fields of a tactic that a caller fixes; the others stay open.
-
-    Attributes:
-        backend: whose tactic; "" where the fields alone say so.
-        values: (field, value) in the order given.
-    """
-
-    backend: str
-    values: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, tactic: Union[Tactic, Pin, Mapping[str, Any]]) -> Pin:
-        """From a tactic, or a mapping of some of its fields, with "backend" or without. Raises
-        ArgumentTypeError."""
-        if isinstance(tactic, Pin):
-            return tactic
-        if isinstance(tactic, Tactic):
-            tactic = tactic.to_json()
-        if not isinstance(tactic, Mapping):
-            raise ArgumentTypeError(
-                f"tactic is {type(tactic).__name__}; it takes a Tactic, or a mapping of some fields of one such as "
-                "{'backend': 'cute', 'tile_n': 64}"
-            )
-        values = dict(tactic)
-        return cls(str(values.pop("backend", "")), tuple(values.items()))
-
-    @classmethod
-    def parse(cls, text: str) -> Pin:
-        """From what `str(tactic)` prints, in whole or in part: "cute(tile_m=128,tile_n=64)", "cute" or
-        "split_k=2".
-
-        Raises:
-            ArgumentError: the text is something else.
-        """
-        match = re.fullmatch(r"\s*(?:([A-Za-z_]\w*)\s*(?:\((.*)\))?|(.*=.*))\s*", text, re.DOTALL)
-        if match is None:
-            raise ArgumentError(
-                f"tactic is {text!r}; it takes text such as 'cute(tile_m=128,tile_n=64)' or 'split_k=2'"
-            )
-        values = []
-        for item in filter(None, (part.strip() for part in (match[2] or match[3] or "").split(","))):
-            name, equals, value = (part.strip() for part in item.partition("="))
-            if not equals or not name.isidentifier():
-                raise ArgumentError(f"tactic is {text!r}; {item!r} in it is not 'field=value'")
-            number = int(value) if re.fullmatch(r"-?\d+", value) else value
-            values.append((name, {"true": True, "false": False}.get(value.lower(), number)))
-        return cls(match[1] or "", tuple(values))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"backend": self.backend, **dict(self.values)} if self.backend else dict(self.values)
-
-    def matches(self, tactic: Tactic) -> bool:
-        return all(getattr(tactic, name) == value for name, value in self.values)
-
-    def applied_to(self, tactic: Tactic) -> Tactic:
-        """The tactic with the pinned fields replaced. Raises ValueError for an unknown field or a wrong
-        type."""
-        return type(tactic).from_json({**tactic.to_json(), **dict(self.values)})
-
-    def __str__(self) -> str:
-        shown = ",".join(f"{name}={value}" for name, value in self.values)
-        return f"{self.backend}({shown})" if self.backend else shown
-
-
-#: What `tactic=` takes.
-TacticLike = Union[None, Tactic, Pin, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run the problem that was considered.
-
-    Attributes:
-        backend, tactic: what; tactic is None where the whole backend was rejected.
-        estimate: its expected time, None where unknown.
-        rejected: why it cannot be taken; "" where it could.
-        incumbent: "rule" or "default" where it is the one that wins ties, else "".
-    """
-
-    backend: str
-    tactic: Optional[Tactic]
-    estimate: Optional[Estimate] = None
-    rejected: str = ""
-    incumbent: str = ""
-
-    @property
-    def seconds(self) -> float:
-        return self.estimate.seconds if self.estimate else float("inf")
-
-    @property
-    def evidence(self) -> str:
-        """Where it was measured: "here", "both sides", "one side" or, nowhere, ""."""
-        return self.estimate.evidence if self.estimate else ""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The backend and tactic chosen for a problem, and everything that was considered. Print it for a report.
-
-    Attributes:
-        problem, device: what was decided on.
-        backend: name of the chosen backend.
-        tactic: one of that backend's tactics.
-        source: "forced" (the caller named the tactic), "rule", "measured" (this problem on this GPU),
-            "interpolated" (between measured problems), "model" or "default".
-        seconds: predicted time; None where nothing is known.
-        alpha: form of alpha that predictions are for.
-        candidates: all that were considered, rejected ones included; the chosen one is first.
-        notes: what to know about this decision; a sentence each.
-        warning: a sentence if this is a slow path that the caller can leave, else "".
-    """
-
-    problem: Fc2Problem
-    device: DeviceInfo
-    backend: str
-    tactic: Tactic
-    source: str
-    seconds: Optional[float] = None
-    alpha: str = ""
-    candidates: tuple[Candidate, ...] = ()
-    notes: tuple[str, ...] = ()
-    warning: str = ""
-
-    @property
-    def rejected(self) -> tuple[tuple[str, str], ...]:
-        """(backend, reason) of every backend that cannot run the problem."""
-        return tuple((c.backend, c.rejected) for c in self.candidates if c.tactic is None)
-
-    @property
-    def runner_up(self) -> Optional[Candidate]:
-        """The fastest of the others with a known time; None if there is none."""
-        others = [c for c in self.candidates[1:] if c.estimate and not c.rejected]
-        return min(others, key=lambda c: c.seconds, default=None)
-
-    @property
-    def margin(self) -> Optional[float]:
-        """Runner-up's time over the chosen one's, minus 1; None where either is unknown."""
-        runner_up = self.runner_up
-        return None if runner_up is None or self.seconds is None else runner_up.seconds / self.seconds - 1
-
-    def line(self) -> str:
-        """One line: problem, choice, source and predicted time."""
-        p = self.problem
-        time = "" if self.seconds is None else f", {_us(self.seconds)} predicted"
-        return (
-            f"fc2 m={p.m} n={p.n} k={p.k} experts={p.experts} {dtype_name(p.out_dtype)} a={p.a_layout} b={p.b_layout} "
-            f"on {self.device.name}: {self.tactic} ({self.source}{time})"
-        )
-
-    def verdict(self, candidate: Candidate) -> str:
-        """Why a candidate was not taken."""
-        if candidate.rejected:
-            return candidate.rejected
-        if candidate.estimate is None:
-            return "no time known"
-        text = f"{_us(candidate.seconds)} {_origin(candidate.estimate)}"
-        if self.seconds is None:
-            return f"{text}; the chosen one has no known time and comes first in the fixed order"
-        ratio = candidate.seconds / self.seconds - 1
-        if abs(ratio) <= TIE_MARGIN:
-            return f"{text}: a tie, and the chosen one comes first"
-        if ratio > 0:
-            return f"{text}: {ratio:.0%} slower"
-        return f"{text}: {-ratio:.0%} less, but {_PRECEDENCE[self.source]}"
-
-    def __str__(self) -> str:
-        gpu = gpu_of(self.device)
-        chosen = self.candidates[0].estimate if self.candidates else None
-        lines = [self.line()]
-        if chosen is not None:
-            lines.append(f"  time: {_us(chosen.seconds)} {_origin(chosen)}, for alpha {chosen.alpha}")
-        if gpu is not None:
-            lines.append(
-                f"  floor: {_us(floor_seconds(self.problem, gpu))} if every weight is read ({gpu.source})"
-            )
-        if self.margin is not None:
-            lines.append(f"  runner-up: {self.runner_up.tactic}, {self.margin:+.1%}")
-        lines += [f"  note: {text}" for text in (*self.notes, *([self.warning] if self.warning else []))]
-        lost = sorted((c for c in self.candidates[1:] if c.estimate), key=lambda c: c.seconds)
-        refused = [c for c in self.candidates[1:] if c.rejected]
-        lines += [f"  not {c.tactic or c.backend}: {self.verdict(c)}" for c in (*lost[:_SHOWN], *refused)]
-        if len(lost) > _SHOWN:
-            lines.append(f"  not {len(lost) - _SHOWN} more, from {_us(lost[_SHOWN].seconds)} up")
-        unknown = sum(not c.estimate and not c.rejected for c in self.candidates[1:])
-        if unknown:
-            lines.append(f"  not {unknown} more tactics, of which no time is known")
-        return "\n".join(lines)
-
-
-# Candidates with a known time that a printed decision lists.
-_SHOWN = 6
-_PRECEDENCE = {
-    "forced": "the caller named the chosen one",
-    "rule": "the rule holds until tuning on this GPU measures this problem",
-    "measured": "not measured at this very problem, as the chosen one is",
-    "interpolated": "with less evidence than the chosen one has",
-    "model": "with less evidence than the chosen one has",
-}
-
-
 def choose(
     problem: Fc2Problem,
     device: DeviceInfo,
     measured: Measured = NOTHING,
     backend: str = "auto",
     tactic: TacticLike = None,
-    *,
-    complete: bool = False,
 ) -> Decision:
     """Decide who runs `problem` on `device`; the module's docstring says how.
 
@@ -263,8 +61,6 @@ def choose(
         measured: what is known of this GPU.
         backend: "auto" or a name.
         tactic: a tactic, or some fields of one; see `Pin.of`.
-        complete: list every tactic in the decision's candidates, also those that could not have been taken.
-            The decision is the same; it takes milliseconds instead of microseconds.
 
     Raises:
         ArgumentError: unknown backend, or a tactic that is not one of it.
@@ -272,44 +68,216 @@ def choose(
         UnavailableError: what was asked for cannot run; or nothing can. The message holds every reason.
     """
     pin = None if tactic is None else Pin.of(tactic)
+    automatic = backend == "auto" and pin is None
     names = _names(backend, pin)
-    evidence = measured.evidence(problem)
-    rejected: list[Candidate] = []
-    considered: list[Candidate] = []
-    best: Optional[tuple[Candidate, str]] = None
-    for name in names:
-        chosen = registry.get(name)
-        support = (
-            chosen.is_automatic(device) if backend == "auto" and pin is None else chosen.is_supported(device)
-        )
-        if not support:
-            rejected.append(Candidate(name, None, rejected=support.reason))
-            continue
-        candidates = _candidates(chosen, device, evidence, pin, complete)
-        taken = _pick(candidates, evidence, pin)
-        if taken is None:
-            rejected.append(Candidate(name, None, rejected=candidates[0].rejected))
-            rejected += candidates[1:]
-            continue
-        considered += candidates
-        if best is None or _beats(taken[0], best[0]):
-            best = taken
-    if best is None:
-        raise UnavailableError(_nothing_runs(names, rejected, backend, pin))
-    taken, source = best
-    others = [c for c in considered if c is not taken]
+    field = _Field(problem, device, measured, names, automatic, pin if pin and pin.values else None)
+    taken = field.best()
+    if taken is None:
+        raise UnavailableError(field.nothing_runs(backend))
+    chosen, source, estimate = taken
+    look = functools.partial(_survey, field, chosen, source, estimate)
     return Decision(
-        problem=problem,
-        device=device,
-        backend=taken.backend,
-        tactic=taken.tactic,
-        source=source,
-        seconds=taken.estimate.seconds if taken.estimate else None,
-        alpha=taken.estimate.alpha if taken.estimate else evidence.alpha,
-        candidates=(taken, *others, *rejected),
-        notes=_notes(taken, source, problem, measured),
-        warning=_warning(taken, problem, device, rejected),
+        problem, device, chosen.backend, chosen, source, estimate, field.warning(chosen.backend), look
     )
+
+
+def pick_among(tactics: Sequence[Tactic], measured: Measured, problem: Fc2Problem) -> Tactic:
+    """What the times alone make of tactics that can all run, without rules and incumbents; the first on a tie."""
+    evidence = measured.evidence(problem, allowed=frozenset(tactics).__contains__)
+    known = evidence.estimates or {t: e for t in tactics if (e := evidence.predicted(t))}
+    limit = min((e.seconds for e in known.values()), default=0.0) * (1 + TIE_MARGIN)
+    return next((t for t in tactics if t in known and known[t].seconds <= limit), tactics[0])
+
+
+#: A tactic that was taken, its source, and what is known of its time.
+_Taken = tuple[Tactic, str, Optional[Estimate]]
+
+
+class _Field:
+    """Who takes part in one decision."""
+
+    def __init__(
+        self,
+        problem: Fc2Problem,
+        device: DeviceInfo,
+        measured: Measured,
+        names: Sequence[str],
+        automatic: bool,
+        pin: Optional[Pin],
+    ) -> None:
+        self.problem, self.device, self.measured, self.names, self.pin = problem, device, measured, names, pin
+        self.backends: dict[str, Fc2Backend] = {}
+        self.refused: dict[str, str] = {}
+        for name in names:
+            backend = registry.get(name)
+            support = backend.is_automatic(device) if automatic else backend.is_supported(device)
+            if support:
+                self.backends[name] = backend
+            else:
+                self.refused[name] = support.reason
+        self.defaults = {name: self._default(backend) for name, backend in self.backends.items()}
+        self.evidence: Evidence = measured.evidence(problem, allowed=self.asked_for)
+        self._reasons: dict[Tactic, str] = {}
+
+    def _default(self, backend: Fc2Backend) -> Tactic:
+        tactic = backend.default_tactic(self.problem)
+        if self.pin is None:
+            return tactic
+        try:
+            return self.pin.applied_to(tactic)
+        except ValueError as error:
+            raise ArgumentError(f"tactic: {error}") from None
+
+    def asked_for(self, tactic: Tactic) -> bool:
+        """Whether the tactic is of a backend that takes part, and has the fields that the caller pinned."""
+        return tactic.backend in self.backends and (self.pin is None or self.pin.matches(tactic))
+
+    def reason(self, tactic: Tactic) -> str:
+        """Why a tactic cannot be taken unless the caller names it; "" if it can."""
+        known = self._reasons.get(tactic)
+        if known is None:
+            known = self._reasons[tactic] = self._reason(tactic)
+        return known
+
+    def _reason(self, tactic: Tactic) -> str:
+        backend = self.backends[tactic.backend]
+        for support in (backend.can_implement(self.problem, tactic), backend.keeps_accuracy(tactic)):
+            if not support:
+                return support.reason
+        failure = self.evidence.failures.get(tactic)
+        return f"failed while tuning this shape: {failure}" if failure else ""
+
+    def rules(self) -> Iterator[Tactic]:
+        """Tactics to prefer without a measurement of the user's own, best first."""
+        for backend in self.backends.values():
+            yield from filter(self.asked_for, _rules(self.problem, self.device, backend))
+
+    def listed(self, name: str) -> Iterator[Tactic]:
+        """All tactics of a backend that were asked for: the default first, then the backend's own list."""
+        yield self.defaults[name]
+        yield from filter(self.asked_for, self.backends[name].tactics(self.problem))
+
+    # The decision
+
+    def best(self) -> Optional[_Taken]:
+        """What is taken; None if nothing can run."""
+        if self.pin is not None:
+            known = (*self.rules(), *self.evidence.estimates, *(t for name in self.backends for t in self.listed(name)))
+            implement = ((t, self.backends[t.backend].can_implement(self.problem, t)) for t in dict.fromkeys(known))
+            possible = [tactic for tactic, support in implement if support]
+            if len(possible) == 1:
+                return possible[0], "forced", self.evidence.estimate(possible[0])
+        return self._by_rule() or self._by_times() or self._by_model()
+
+    def _by_rule(self) -> Optional[_Taken]:
+        rule = next((tactic for tactic in self.rules() if not self.reason(tactic)), None)
+        if rule is None:
+            return None
+        expected = self.evidence.estimate(rule)
+        if self.evidence.kind == "here" and self.evidence.by_user and expected:
+            fastest = self._fastest(self.evidence.estimates)
+            if fastest and fastest[1].seconds * (1 + TIE_MARGIN) < expected.seconds:
+                return fastest[0], "measured", fastest[1]
+        return rule, "rule", expected
+
+    def _by_times(self) -> Optional[_Taken]:
+        """By the times at this m or around it."""
+        known = self.evidence.estimates
+        fastest = self._fastest(known)
+        if fastest and self.evidence.kind == "near":
+            limit = fastest[1].seconds / (1 + MODEL_MARGIN)
+            unseen = ((t, e) for name in self.backends for t, e in self._predicted(name) if not self.evidence.seen(t))
+            promised = {tactic: estimate for tactic, estimate in unseen if estimate.seconds < limit}
+            fastest = self._fastest({**promised, **known})
+        return fastest and (fastest[0], fastest[1].source, fastest[1])
+
+    def _by_model(self) -> Optional[_Taken]:
+        """Backend by backend, in order: the best predicted, else the default."""
+        taken: Optional[_Taken] = None
+        for name in self.backends:
+            fastest = self._fastest(dict(self._predicted(name)))
+            if taken is None:
+                if fastest:
+                    taken = (fastest[0], "model", fastest[1])
+                else:
+                    taken = self._first_possible(name)
+            elif fastest and taken[2] and fastest[1].seconds * (1 + TIE_MARGIN) < taken[2].seconds:
+                taken = (fastest[0], "model", fastest[1])
+        return taken
+
+    def _first_possible(self, name: str) -> Optional[_Taken]:
+        default, backend = self.defaults[name], self.backends[name]
+        if not self.reason(default):
+            return default, "default", None
+        listed = self.listed(name) if self.pin else self.measured.promising(self.problem, backend).all
+        first = next((tactic for tactic in listed if not self.reason(tactic)), None)
+        return first and (first, "default", None)
+
+    def _predicted(self, name: str) -> Iterator[tuple[Tactic, Estimate]]:
+        """What the model expects of a backend's tactics."""
+        model = self.measured.model
+        if model is None or not model.knows(name):
+            return
+        listed: Iterable[Tactic] = self.measured.promising(self.problem, self.backends[name]).fastest
+        if self.pin is not None:  # those that the pin leaves may be among the less promising
+            listed = self.listed(name)
+        for tactic in dict.fromkeys((self.defaults[name], *listed)):
+            estimate = self.evidence.predicted(tactic)
+            if estimate is not None:
+                yield tactic, estimate
+
+    def _fastest(self, known: dict[Tactic, Estimate]) -> Optional[tuple[Tactic, Estimate]]:
+        """Of the possible ones within the margin of the lowest time: the first in the fixed order."""
+        limit, tied = float("inf"), []
+        for tactic, estimate in sorted(known.items(), key=lambda item: item[1].seconds):
+            if estimate.seconds > limit:
+                break
+            if not self.reason(tactic):
+                limit = min(limit, estimate.seconds * (1 + TIE_MARGIN))
+                tied.append(tactic)
+        if len(tied) > 1:
+            tied.sort(key=self._order)
+        return (tied[0], known[tied[0]]) if tied else None
+
+    def _order(self, tactic: Tactic) -> tuple:
+        name = tactic.backend
+        return (self.names.index(name), tactic != self.defaults[name], _text(tactic))
+
+    # What is said about it
+
+    def nothing_runs(self, backend: str) -> str:
+        """Why nothing runs, as a sentence or one a line."""
+        reasons = {name: self.refused.get(name) or self.reason(self._first(name)) for name in self.names}
+        if len(self.names) == 1:
+            (name,) = self.names
+            asked = f"tactic {self.pin}" if self.pin else f"backend {name!r}"
+            return f"{asked} cannot run this call: {reasons[name]}"
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        return f"no backend can run this call{f' with tactic {self.pin}' if self.pin else ''}:\n{lines}"
+
+    def _first(self, name: str) -> Tactic:
+        return next((t for t in self.rules() if t.backend == name), self.defaults[name])
+
+    def warning(self, taken: str) -> str:
+        """A sentence if a slow path was taken that the caller can leave."""
+        if self.problem.device_type != "cuda":
+            return ""
+        # A runnable backend whose default is refused here is lost, for all that matters to a warning.
+        lost = {name: self.reason(self.defaults[name]) for name in self.backends if name != taken}
+        for name in (*(name for name in lost if lost[name]), taken):
+            if "/" not in self.problem.b_layout and self.backends[name].prepared_layout(self.problem):
+                return (
+                    f"b is not prepared, and backend {name!r} needs or runs much faster with prepared weights: "
+                    "call b = dispatch.prepare(b, experts) once, at load"
+                )
+        reasons = {**self.refused, **lost}
+        shown = "; ".join(f"{name}: {reasons[name]}" for name in self.names if reasons.get(name))
+        if taken == "torch" and shown:
+            return f"only the slow torch baseline can run this call ({shown})"
+        return ""
+
+
+_text = functools.lru_cache(maxsize=4096)(str)
 
 
 def _names(backend: str, pin: Optional[Pin]) -> list[str]:
@@ -347,180 +315,52 @@ def _rules(problem: Fc2Problem, device: DeviceInfo, backend: Fc2Backend) -> list
     return [make(tile_m=256, tile_n=128, tile_k=tile_k, cluster_m=2, cluster_n=1) for tile_k in (256, 128)]
 
 
-def _candidates(
-    backend: Fc2Backend, device: DeviceInfo, evidence: Evidence, pin: Optional[Pin], complete: bool
-) -> list[Candidate]:
-    """What this backend could run, in the fixed order: rule, default, measured tactics by name, the backend's
-    list.
-
-    The backend's list is long, and only looked at where nothing stronger than the model can decide.
-    """
-    problem = evidence.problem
-    default = backend.default_tactic(problem)
-    if pin is not None:
-        try:
-            default = pin.applied_to(default)
-        except ValueError as error:
-            raise ArgumentError(f"tactic: {error}") from None
-        complete = complete or len(pin.values) < len(fields(default))
-    rules = _rules(problem, device, backend)
-    timed = [t for t in evidence.timed if t.backend == backend.name]
-    found: dict[Tactic, Candidate] = {}
-
-    def consider(tactics: Iterable[Tactic], listed: bool = False) -> None:
-        for tactic in tactics:
-            if (pin is None or pin.matches(tactic)) and tactic not in found:
-                found[tactic] = _assess(backend, tactic, evidence, pin is not None, listed)
-
-    consider(rules)
-    rule = next((c for c in found.values() if not c.rejected), None)
-    if rule is not None:
-        found[rule.tactic] = replace(rule, incumbent="rule")
-    consider([default])
-    if not found[default].incumbent:
-        found[default] = replace(found[default], incumbent="default")
-    consider(timed)
-    possible = [c for c in found.values() if not c.rejected]
-    modelled = evidence.model is not None and evidence.model.knows(backend.name)
-    if complete or not possible or (modelled and rule is None and not _settled(possible, evidence)):
-        consider(backend.tactics(problem), listed=True)
-    return list(found.values())
+def _survey(field: _Field, chosen: Tactic, source: str, estimate: Optional[Estimate]) -> Survey:
+    """All candidates, the chosen one first, and the notes of a decision."""
+    considered: list[Candidate] = []
+    rejected = [Candidate(name, None, rejected=reason) for name, reason in field.refused.items()]
+    rules = list(field.rules())
+    rule = next((tactic for tactic in rules if not field.reason(tactic)), None)
+    for name in field.backends:
+        own = [t for t in (*rules, field.defaults[name], *field.evidence.estimates) if t.backend == name]
+        candidates = []
+        for tactic in dict.fromkeys((*own, *field.listed(name))):
+            reason = field.reason(tactic)
+            known = None if reason else field.evidence.estimate(tactic)
+            incumbent = "rule" if tactic == rule else "default" if tactic == field.defaults[name] else ""
+            candidates.append(Candidate(name, tactic, known, reason, "" if reason else incumbent))
+        if all(c.rejected for c in candidates):
+            rejected += [Candidate(name, None, rejected=candidates[0].rejected), *candidates[1:]]
+        else:
+            considered += candidates
+    first = [c for c in considered if c.tactic == chosen]
+    others = [c for c in considered if c.tactic != chosen]
+    return Survey((*first, *others, *rejected), _notes(field, chosen, source, estimate))
 
 
-def _assess(backend: Fc2Backend, tactic: Tactic, evidence: Evidence, forced: bool, listed: bool) -> Candidate:
-    support = SUPPORTED if listed else backend.can_implement(evidence.problem, tactic)
-    if support and not forced:
-        support = backend.keeps_accuracy(tactic)
-    if support and not forced and evidence.failures and tactic in evidence.failures:
-        support = Support(False, f"failed while tuning this shape: {evidence.failures[tactic]}")
-    if not support:
-        return Candidate(backend.name, tactic, rejected=support.reason)
-    return Candidate(backend.name, tactic, evidence.estimate(tactic))
-
-
-def _pick(
-    candidates: list[Candidate], evidence: Evidence, pin: Optional[Pin]
-) -> Optional[tuple[Candidate, str]]:
-    """The best of one backend's candidates with its source; None if all are rejected."""
-    possible = [c for c in candidates if not c.rejected]
-    if not possible:
-        return None
-    if pin is not None and len(possible) == 1:
-        return possible[0], "forced"
-    incumbent = next((c for c in possible if c.incumbent), None)
-    pool = _best_known(possible, evidence)
-    if incumbent is not None and incumbent.incumbent == "rule":
-        fastest = _fastest(pool, incumbent)
-        if fastest and fastest.evidence == "here" and evidence.by_user and _beats(fastest, incumbent):
-            return fastest, "measured"
-        return incumbent, "rule"
-    if pool:
-        fastest = _fastest(pool, incumbent)
-        return fastest, fastest.estimate.source
-    return incumbent or possible[0], "default"
-
-
-def _best_known(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
-    """Those whose times may be compared with each other, by the strongest evidence there is."""
-    settled = _settled(possible, evidence)
-    if settled:
-        return settled
-    near = [c for c in possible if c.evidence]
-    limit = min((c.seconds for c in near), default=float("inf"))
-    return [c for c in possible if c.estimate and (c.evidence or c.seconds * (1 + MODEL_MARGIN) < limit)]
-
-
-def _settled(possible: list[Candidate], evidence: Evidence) -> list[Candidate]:
-    """Those measured at this m, or, where the best tactics below and above are among them, on both sides of
-    it."""
-    here = [c for c in possible if c.evidence == "here"]
-    if here:
-        return here
-    between = [c for c in possible if c.evidence == "both sides"]
-    # Interpolation needs the winners of both sides in the race, or it would miss one of them.
-    winners = evidence.winners({c.tactic for c in possible}) if between else set()
-    return between if winners <= {c.tactic for c in between} else []
-
-
-def pick_among(tactics: Sequence[Tactic], evidence: Evidence) -> Tactic:
-    """What the evidence alone makes of tactics that can all run, without rules and incumbents; the first on a
-    tie."""
-    best: Optional[Candidate] = None
-    for name in dict.fromkeys(tactic.backend for tactic in tactics):
-        own = [
-            Candidate(name, tactic, evidence.estimate(tactic)) for tactic in tactics if tactic.backend == name
-        ]
-        taken = _fastest(_best_known(own, evidence), None) or own[0]
-        if best is None or _beats(taken, best):
-            best = taken
-    return best.tactic
-
-
-def _fastest(pool: list[Candidate], incumbent: Optional[Candidate]) -> Optional[Candidate]:
-    """Of those within the margin of the lowest time: the incumbent, else the first."""
-    if not pool:
-        return None
-    limit = min(c.seconds for c in pool) * (1 + TIE_MARGIN)
-    tied = [c for c in pool if c.seconds <= limit]
-    return incumbent if incumbent in tied else tied[0]
-
-
-def _beats(challenger: Candidate, incumbent: Candidate) -> bool:
-    """Whether both times are known and the challenger's is lower by more than the margin."""
-    return (
-        bool(challenger.estimate and incumbent.estimate)
-        and challenger.seconds * (1 + TIE_MARGIN) < incumbent.seconds
-    )
-
-
-def _nothing_runs(names: list[str], rejected: list[Candidate], backend: str, pin: Optional[Pin]) -> str:
-    if len(names) == 1:
-        asked = f"tactic {pin}" if pin is not None and pin.values else f"backend {names[0]!r}"
-        return f"{asked} cannot run this call: {rejected[0].rejected}"
-    reasons = "\n".join(f"  {c.backend}: {c.rejected}" for c in rejected if c.tactic is None)
-    return f"no backend can run this call{f' with tactic {pin}' if pin else ''}:\n{reasons}"
-
-
-def _notes(taken: Candidate, source: str, problem: Fc2Problem, measured: Measured) -> tuple[str, ...]:
-    notes = []
+def _notes(field: _Field, chosen: Tactic, source: str, estimate: Optional[Estimate]) -> tuple[str, ...]:
+    notes: list[str] = []
+    problem = field.problem
     if source in ("default", "model") and problem.device_type == "cuda":
         sizes = f"--n {problem.n} --k {problem.k} --experts {problem.experts}"
         notes.append(f"this was not measured; `python -m dispatch tune {sizes}` does that")
-    if measured.foreign and taken.estimate:
+    if field.measured.foreign and estimate:
         notes.append(
-            f"times are from {measured.foreign}, the nearest GPU with a table; tune to measure this one"
+            f"times are from {field.measured.foreign}, the nearest GPU with a table; tune to measure this one"
         )
+    if estimate and estimate.alpha not in (ALPHA_ANY, ALPHA_DENSE):
+        notes += _dense_note(field, chosen)
     return tuple(notes)
 
 
-def _warning(taken: Candidate, problem: Fc2Problem, device: DeviceInfo, rejected: list[Candidate]) -> str:
-    if problem.device_type != "cuda":
-        return ""
-    lost = [c.backend for c in rejected if c.tactic is None]
-    for name in (*lost, taken.backend):
-        backend = registry.get(name)
-        if "/" in problem.b_layout or not backend.is_automatic(device) or not backend.prepared_layout(problem):
-            continue
-        return (
-            f"b is not prepared, and backend {name!r} needs or runs much faster with prepared weights: "
-            "call b = dispatch.prepare(b, experts) once, at load"
-        )
-    if taken.backend == "torch" and rejected:
-        reasons = "; ".join(f"{c.backend}: {c.rejected}" for c in rejected if c.tactic is None)
-        return f"only the slow torch baseline can run this call ({reasons})"
-    return ""
-
-
-def _origin(estimate: Estimate) -> str:
-    entry = estimate.entry
-    if entry is None or estimate.source != "measured":
-        return estimate.source
-    return _MEASURED_BY.get(entry.source, f"published ({entry.source})")
-
-
-# Sources of entries that are not publications; the shoot-out's come in by `python -m bench import`.
-_MEASURED_BY = {"tuned": "measured by tuning", "shoot-out": "measured by the shoot-out"}
-
-
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us"
+def _dense_note(field: _Field, chosen: Tactic) -> list[str]:
+    """What the chosen tactic costs if alpha is dense, which decisions do not assume; as far as it was measured."""
+    known = field.measured.evidence(field.problem, ALPHA_DENSE, field.asked_for).estimates
+    own, possible = known.get(chosen), [tactic for tactic in known if not field.reason(tactic)]
+    if own is None:
+        return []
+    best = min(possible, key=lambda tactic: known[tactic].seconds)
+    text = f"if alpha is dense it takes {own.seconds * 1e6:.1f} us ({own.source})"
+    if known[best].seconds * (1 + TIE_MARGIN) < own.seconds:
+        text += f", and {best} {known[best].seconds * 1e6:.1f} us: name that one then"
+    return [text]

@@ -13,9 +13,11 @@ from backends.operand import Nvfp4Tensor
 from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.arguments import check_operands, check_out, check_overlap
-from dispatch.choice import Decision, Pin, TacticLike, choose
+from dispatch.choice import choose
 from dispatch.environment import log, settings
 from dispatch.errors import Fc2Error, NotCompiledError, PerformanceWarning
+from dispatch.pins import Pin, TacticLike
+from dispatch.report import Decision
 from dispatch.store import measured_for
 
 

@@ -11,8 +11,8 @@ import torch
 
 from backends.interface import Operand
 from backends.operand import Nvfp4Tensor, PreparedOperand
-from dispatch.choice import Pin, TacticLike
 from dispatch.execute import fold_scales, run_fc2
+from dispatch.pins import Pin, TacticLike
 
 _library = torch.library.Library("fc2_dispatch", "DEF")
 _OPERANDS = (

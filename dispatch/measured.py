@@ -1,6 +1,6 @@
-"""Measured times as values: entries, tables of one GPU model, and what they say about a problem.
+"""Measured times as values: entries, and tables of one GPU model.
 
-Pure: no files (`dispatch.store`), no GPU. An entry that cannot be used keeps its record, so that writing a
+Pure: no files (`dispatch.store`), no GPU. What they say about a problem is `dispatch.evidence`'s. An entry that cannot be used keeps its record, so that writing a
 table back loses nothing.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Collection, Iterable, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional
 
 from backends import registry
 from backends.problem import Fc2Problem
@@ -48,12 +48,6 @@ class Entry:
     source: str = "tuned"
     failure: str = ""
     notes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def rough(self) -> bool:
-        """Whether the time is one host-clock reading of a tactic that was too slow to race: it holds launch overhead,
-        tells to avoid the tactic, and is nothing to fit a model to."""
-        return self.notes.get("l2") == "any"
 
     @property
     def key(self) -> tuple:
@@ -212,185 +206,6 @@ class Table:
         return replace(self, entries=(*kept, *new.values()))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a tactic is expected to take.
-
-    Attributes:
-        seconds: the time.
-        source: "measured" (this very problem), "interpolated" (measured at fewer and at more tokens, or with
-            another output type or layout of a) or "model".
-        alpha: form of alpha that the time is for.
-        evidence: where this tactic was measured: "here" (at this m), "both sides" or "one side" (of the same
-            shape, at the nearest token counts that have it) or "", nowhere.
-        entry: the measurement itself, where it is here.
-    """
-
-    seconds: float
-    source: str
-    alpha: str
-    evidence: str
-    entry: Optional[Entry] = None
-
-
-class Measured:
-    """What is known of one GPU: the shipped table, overlaid by the user's own, and the model fitted to the
-    shipped one.
-
-    Where the user measured a problem, only those entries speak for it: times of different runs are not
-    compared. Immutable after construction and safe to share between threads.
-
-    Args:
-        shipped, user: tables; either may be None.
-        model: constants of the GPU at hand.
-        foreign: name of the GPU that `shipped` is for, when it is only a relative of the one at hand.
-    """
-
-    def __init__(
-        self,
-        shipped: Optional[Table] = None,
-        user: Optional[Table] = None,
-        model: Optional[Model] = None,
-        foreign: str = "",
-    ) -> None:
-        self.shipped, self.user, self.model, self.foreign = shipped, user, model, foreign
-        # Shape -> m -> alpha -> tactic -> entry.
-        self._index: dict[tuple, dict[int, dict[str, dict[Tactic, Entry]]]] = {}
-        self._users: set[tuple] = set()
-        self._failures: dict[tuple, list[Entry]] = {}
-        for table in (shipped, user):
-            for entry in table.entries if table else ():
-                if entry.seconds is not None:
-                    self._add(entry, table is user)
-                else:
-                    self._failures.setdefault(_shape(entry.problem), []).append(entry)
-        self._views: dict[tuple, tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]] = {}
-        self._similar = {_loose(shape): shape for shape in self._index}
-
-    def _add(self, entry: Entry, users: bool) -> None:
-        shape, m = _shape(entry.problem), entry.problem.m
-        forms = self._index.setdefault(shape, {}).setdefault(m, {})
-        if users and (shape, m, entry.alpha) not in self._users:
-            self._users.add((shape, m, entry.alpha))
-            forms[entry.alpha] = {}
-            forms.pop(ALPHA_ANY, None)
-        tactics = forms.setdefault(entry.alpha, {})
-        # Two sources may have timed the same: the faster run shows what the tactic can do.
-        if entry.tactic not in tactics or entry.seconds < tactics[entry.tactic].seconds:
-            tactics[entry.tactic] = entry
-
-    def evidence(self, problem: Fc2Problem, alpha: Optional[str] = None) -> Evidence:
-        """What was measured at this problem and around it.
-
-        Args:
-            alpha: its form; default the one that decisions are made for, or dense where only dense times
-                exist.
-        """
-        shape = _shape(problem)
-        forms = (alpha,) if alpha else (wanted_alpha(problem), ALPHA_DENSE)
-        points, timed = self._of_forms(shape, forms)
-        return Evidence(
-            problem,
-            forms[0],
-            points,
-            timed,
-            exact=shape in self._index,
-            by_user=any((shape, problem.m, form) in self._users for form in (forms[0], ALPHA_ANY)),
-            failures={
-                e.tactic: e.failure
-                for e in self._failures.get(shape, ())
-                if e.problem.m <= problem.m or e.failure != OUT_OF_MEMORY
-            },
-            model=self.model,
-        )
-
-    def _of_forms(
-        self, shape: tuple, forms: tuple[str, ...]
-    ) -> tuple[dict[int, dict[Tactic, Entry]], dict[Tactic, None]]:
-        """Entries by ascending m and tactic in the first form that has any, and the tactics in a fixed
-        order."""
-        known = self._views.get((shape, forms))
-        if known is None:
-            # Where this output type or layout of a was never measured, those of another one are close.
-            points = self._index.get(shape) or self._index.get(self._similar.get(_loose(shape)), {})
-            resolved = {m: _of_form(points[m], forms) for m in sorted(points)}
-            found = {tactic for entries in resolved.values() for tactic in entries}
-            timed = dict.fromkeys(sorted(found, key=str))
-            known = self._views[shape, forms] = (resolved, timed)
-        return known
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What measurements say about one problem.
-
-    Attributes:
-        problem: the problem.
-        alpha: form of alpha asked for.
-        points: entries of the same shape by m, ascending, and tactic.
-        timed: tactics among them, in a fixed order.
-        exact: False where the entries are for another output type or layout of a.
-        by_user: whether those at this m are the user's own measurements.
-        failures: tactics that failed at this shape, with the reason; whatever m, but that memory may suffice
-            for less.
-        model: for what was not measured.
-    """
-
-    problem: Fc2Problem
-    alpha: str
-    points: Mapping[int, Mapping[Tactic, Entry]]
-    timed: Mapping[Tactic, None]
-    exact: bool
-    by_user: bool
-    failures: Mapping[Tactic, str]
-    model: Optional[Model]
-
-    @property
-    def here(self) -> Mapping[Tactic, Entry]:
-        """Entries of exactly this m."""
-        return self.points.get(self.problem.m, {})
-
-    def winners(self, among: Collection[Tactic]) -> set[Tactic]:
-        """The fastest of some tactics at the nearest token counts below and above this m that measured any of
-        them."""
-        own = {m: {t: e.seconds for t, e in at.items() if t in among} for m, at in self.points.items()}
-        return {min(own[m], key=lambda t: own[m][t]) for m in self._around([m for m in own if own[m]])}
-
-    def _around(self, ms: Sequence[int]) -> list[int]:
-        """Of ascending token counts the nearest below and the nearest above this problem's."""
-        return [m for m in ms if m < self.problem.m][-1:] + [m for m in ms if m > self.problem.m][:1]
-
-    def estimate(self, tactic: Tactic) -> Optional[Estimate]:
-        """The best knowledge of a tactic's time; None where there is none."""
-        if tactic not in self.timed:
-            base = self._predict(self.problem, tactic, self.alpha)
-            return None if base is None else Estimate(base, "model", self.alpha, "")
-        entry = self.here.get(tactic)
-        if entry is not None:
-            return Estimate(
-                entry.seconds, "measured" if self.exact else "interpolated", entry.alpha, "here", entry
-            )
-        near = self._around([m for m, entries in self.points.items() if tactic in entries])
-        known = [self.points[m][tactic] for m in near]
-        alpha = known[0].alpha
-        base = self._predict(self.problem, tactic, alpha)
-        # What the model misses at the neighbours, it is taken to miss here in proportion. Without a model
-        # this is interpolation of the times, straight in log time over log tokens.
-        predictions = [self._predict(replace(self.problem, m=m), tactic, alpha) for m in near]
-        if base is None or None in predictions:
-            base, predictions = 1.0, [1.0] * len(known)
-        residuals = [math.log(entry.seconds / prediction) for entry, prediction in zip(known, predictions)]
-        if len(known) == 1:
-            return Estimate(base * math.exp(residuals[0]), "model", alpha, "one side")
-        low, high = (math.log(m) for m in near)
-        share = (math.log(self.problem.m) - low) / (high - low)
-        seconds = base * math.exp(residuals[0] * (1 - share) + residuals[1] * share)
-        return Estimate(seconds, "interpolated", alpha, "both sides")
-
-    def _predict(self, problem: Fc2Problem, tactic: Tactic, alpha: str) -> Optional[float]:
-        return self.model.predict(problem, tactic, alpha) if self.model else None
-
-
 def table_problem(problem: Fc2Problem) -> Fc2Problem:
     """The problem as entries hold it: device type and capability belong to the table."""
     return replace(problem, device_type="cuda", capability=None)
@@ -399,24 +214,6 @@ def table_problem(problem: Fc2Problem) -> Fc2Problem:
 def wanted_alpha(problem: Fc2Problem) -> str:
     """The form of alpha that decisions are made for: top-k with the k usual for E experts."""
     return f"topk:{assumed_top_k(problem.experts)}"
-
-
-def _of_form(forms: Mapping[str, Mapping[Tactic, Entry]], wanted: Iterable[str]) -> dict[Tactic, Entry]:
-    """Entries of the first of the wanted forms that has any, with those of kernels that do not depend on
-    alpha."""
-    for alpha in wanted:
-        found = {**forms.get(ALPHA_ANY, {}), **forms.get(alpha, {})}
-        if found:
-            return found
-    return {}
-
-
-def _shape(problem: Fc2Problem) -> tuple:
-    return (problem.n, problem.k, problem.experts, problem.b_layout, problem.a_layout, problem.out_dtype)
-
-
-def _loose(shape: tuple) -> tuple:
-    return shape[:4]
 
 
 def _is_number(value: object) -> bool:

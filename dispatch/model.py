@@ -11,6 +11,7 @@ the model interpolates, it does not guess.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ALPHA_ANY, ALPHA_DENSE = "any", "dense"
 
 
+@functools.lru_cache(maxsize=4096)
 def top_k_of(alpha: str, experts: int) -> int:
     """Nonzeros in a row of alpha by its form, "topk:8" or "dense".
 
@@ -122,6 +124,12 @@ class Model:
         return work.bytes / self.bandwidth, work.flops * work.wave_factor / self.rate
 
 
+#: Adding the N partial sums of one (token, expert) pair to out takes the gathered form as long as this many of
+#: the pair's N * I multiplications, by the H200's times; anything from 32 to 256 orders its tactics alike
+#: (2026-11-23).
+_SUM_WORK = 128
+
+
 def describe(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Optional[Work]:
     """The work of a tactic; None for a backend this module has no description of."""
     describer = _DESCRIBERS.get(tactic.backend)
@@ -160,11 +168,10 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
 
     "tiled" reads the weights again for each tile of tokens, and multiplies whole tiles by each expert that
     the tile needs. The forms for prepared weights read each needed expert once, and multiply it with the
-    tokens that selected it in groups of block_m, or with all tokens where alpha is dense.
+    tokens that selected it in groups of block_m, adding up their partial sums, or with all tokens where alpha
+    is dense.
     """
-    shape = ",".join(
-        f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic) if f.name not in ("form", "split")
-    )
+    shape = _blocks(tactic)
     split = max(1, getattr(tactic, "split", 1))
     share = active_share(problem, alpha)
     rest = problem.bytes - problem.weight_bytes + _workspace(problem, split)
@@ -182,10 +189,12 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
             wave_factor,
         )
     dense = alpha in (ALPHA_DENSE, ALPHA_ANY)
-    active = problem.experts * share
-    pairs = problem.m * top_k_of(alpha, problem.experts)
-    rows = problem.m * active if dense else active * _round_up(-(-pairs // active), tactic.block_m)
-    kind = "dense" if dense else "routed"
+    top_k = top_k_of(alpha, problem.experts)
+    if dense:
+        kind, rows = "dense", float(problem.m * problem.experts)
+    else:
+        kind, rows = "routed", gathered_rows(problem.m, problem.experts, top_k, tactic.block_m)
+        rows += problem.m * top_k * _SUM_WORK / problem.intermediate
     return Work(
         f"triton/{tactic.form} {kind}",
         shape,
@@ -193,6 +202,29 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
         _pair_flops(problem, rows),
         1.0,
     )
+
+
+@functools.lru_cache(maxsize=None)
+def _blocks(tactic: Tactic) -> str:
+    """All fields but the form and the split."""
+    shown = (f.name for f in fields(tactic) if f.name not in ("form", "split"))
+    return ",".join(f"{name}={getattr(tactic, name)}" for name in shown)
+
+
+@functools.lru_cache(maxsize=4096)
+def gathered_rows(m: int, experts: int, top_k: int, block: int) -> float:
+    """Expected (token, expert) pairs, each expert's padded to whole blocks, when tokens select uniformly.
+
+    An expert's tokens are binomial; a block is added with the probability that there are more tokens than the
+    blocks before hold: exact for the first one, by the normal approximation for the others.
+    """
+    p = top_k / experts
+    mean, sigma = m * p, math.sqrt(m * p * (1.0 - p))
+    blocks, before = 1.0 - (1.0 - p) ** m, block
+    while before < min(m, mean + 6.0 * sigma):
+        blocks += 0.5 * math.erfc((before + 0.5 - mean) / (sigma * math.sqrt(2.0))) if sigma else 1.0
+        before += block
+    return experts * blocks * block
 
 
 def _pair_flops(problem: Fc2Problem, rows: float) -> float:
@@ -248,7 +280,7 @@ def fit(entries: Sequence[Entry], sm_count: int, bandwidth: float, rate: float) 
     model = Model(sm_count, bandwidth, rate)
     families: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for entry in entries:
-        if not entry.seconds or entry.rough:
+        if not entry.seconds:
             continue
         work = describe(entry.problem, entry.tactic, sm_count, entry.alpha)
         if work is not None:

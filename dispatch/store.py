@@ -20,8 +20,9 @@ from backends import registry
 from backends.device import DeviceInfo
 from dispatch import environment
 from dispatch.environment import log
+from dispatch.evidence import Measured
 from dispatch.hardware import GPUS, gpu_of
-from dispatch.measured import Entry, Measured, Table
+from dispatch.measured import Entry, Table
 from dispatch.model import Model
 
 #: Tables that ship with the package.

@@ -19,7 +19,7 @@ from bench.peers import DISPLACED, best_published, measured_peers, published
 from bench.records import Results, read_results, write_json
 from dispatch.choice import choose
 from dispatch.hardware import GPUS
-from dispatch.measured import Measured
+from dispatch.evidence import Measured
 from dispatch.store import load, shipped_tables
 from tests.bench_samples import ENVIRONMENT, row, shoot_out
 

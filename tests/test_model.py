@@ -193,13 +193,3 @@ def test_a_table_of_an_unknown_gpu_cannot_be_fitted():
     with pytest.raises(ValueError, match="no ceilings are known for 'Voodoo 2'"):
         fitted(Table("Voodoo 2", (Entry(V3, "any", CuteTactic(), 1e-4),)))
     assert {gpu.name for gpu in GPUS.values()} >= {"B200", "H200"}
-
-
-def test_a_rough_time_is_not_fitted():
-    gpu = GPUS["H200"]
-    tactic = TritonTactic("gathered", 64, 8, 256, 7, 4, 1)
-    good = [Entry(replace(V3, m=m), "topk:8", tactic, m * 1e-6) for m in (16, 64, 256)]
-    rough = Entry(replace(V3, m=1), "topk:8", tactic, 6e-4, notes={"timer": "host", "l2": "any"})
-    assert rough.rough and not good[0].rough
-    arguments = (gpu.device.sm_count, gpu.read_bandwidth, gpu.mma_flops)
-    assert fit([*good, rough], *arguments) == fit(good, *arguments)

@@ -28,7 +28,8 @@ from dispatch import ArgumentError, environment, store, tune
 from dispatch.candidates import PRUNE, Point, coarse_to_fine, next_m, plan
 from dispatch.choice import choose
 from dispatch.hardware import GPUS
-from dispatch.measured import Entry, Measured, table_problem
+from dispatch.evidence import Measured
+from dispatch.measured import Entry, table_problem
 from dispatch.model import Family, Model
 from dispatch.tune import autotune, judge
 from tests.stub_backends import HangingBackend, StubBackend, StubTactic
