@@ -3,6 +3,7 @@ launches."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,31 @@ def copy(source: cute.Pointer, target: cute.Pointer, count: cutlass.Int32):
 def compiled_scale():
     with compile_target():
         return cute.compile(scale_twice, device_tensor(torch.zeros(128)), cutlass.Float32(0))
+
+
+@pytest.mark.parametrize("arch,major_minor,sms", [("sm_90a", (9, 0), 132), ("sm_100a", (10, 0), 148)])
+def test_the_host_code_sees_the_target(arch: str, major_minor: tuple[int, int], sms: int) -> None:
+    """Compute capability, SM count and entry registers reach the DSL's host code and the launch."""
+    from .emulator import interception
+
+    with compile_target(arch):
+        compiled = cute.compile(scale_twice, device_tensor(torch.zeros(128)), cutlass.Float32(0))
+    api, answer = compiled.engine._emulator_api, ctypes.c_int32()
+    answers = []
+    for attribute in (interception._ATTR_CC_MAJOR, interception._ATTR_CC_MINOR, interception._ATTR_SM_COUNT):
+        api._device_attribute(ctypes.addressof(answer), attribute, 0)
+        answers.append(answer.value)
+    assert answers == [*major_minor, sms]
+    x = torch.arange(128.0)
+    emulate(compiled, x, cutlass.Float32(3))
+    assert torch.equal(x, 9 * torch.arange(128.0))
+    assert len(api.registers) == 2 and all(8 <= n <= 255 for n in api.registers.values())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120a"])
+def test_other_targets_are_refused(arch: str) -> None:
+    with pytest.raises(ValueError, match=f"arch '{arch}': the emulator models sm_100a and sm_90a"), compile_target(arch):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from .emulator import Fault, LaunchReport, PtxError, Race, emulate_ptx
+from .emulator import Deadlock, Fault, LaunchReport, PtxError, Race, emulate_ptx
 from .emulator.samples import Edit, apply
 from .emulator.samples_sm90 import DESCRIPTOR, STAGE_BYTES, WarpgroupProblem, gemm_warpgroup, single_wgmma
 from .test_emulator_mma import KINDS, values
@@ -393,3 +393,21 @@ def test_register_counts_of_setmaxnreg(problem: WarpgroupProblem, count: int) ->
                 "setmaxnreg.inc.sync.aligned.u32 240", f"setmaxnreg.inc.sync.aligned.u32 {count}"
             )
         )
+
+
+class TestRegisterPool:
+    """One warp keeps 24 registers a thread, four want 240: 984 per lane of the CTA."""
+
+    @every_schedule
+    def test_enough(self, problem: WarpgroupProblem, schedule: str, seed: int) -> None:
+        problem.run(SHARED_LEFT, registers=200, schedule=schedule, seed=seed)
+        assert not problem.out.isnan().any()
+
+    @every_schedule
+    def test_too_few_is_a_deadlock(self, problem: WarpgroupProblem, schedule: str, seed: int) -> None:
+        with pytest.raises(Deadlock, match=r"setmaxnreg.inc from 192 to 240 registers; 24 \(per lane\) are free"):
+            problem.run(SHARED_LEFT, registers=192, schedule=schedule, seed=seed)
+
+    def test_direction(self, problem: WarpgroupProblem) -> None:
+        with pytest.raises(Fault, match="setmaxnreg.inc to 240 registers from 248"):
+            problem.run(SHARED_LEFT, registers=248)

@@ -122,6 +122,7 @@ def emulate_ptx(
     cluster: tuple[int, int, int] = (1, 1, 1),
     smem: int = 0,
     buffers: Mapping[str, Any] | None = None,
+    registers: int | None = None,
     schedule: str = "eager",
     seed: int = 0,
     num_sms: int | None = None,
@@ -129,7 +130,7 @@ def emulate_ptx(
     concurrent: int | None = None,
 ) -> LaunchReport:
     """Run one kernel of a PTX text. A torch tensor argument passes its address, an int itself, bytes go by
-    value."""
+    value. `registers` per thread at the start, when given, bound what setmaxnreg can hand out."""
     memory = GlobalMemory()
     prog = program(ptx, kernel)
     params = bytearray(prog.kernel.param_bytes)
@@ -146,7 +147,7 @@ def emulate_ptx(
         params[param.offset : param.offset + param.size] = data
     for name, tensor in (buffers or {}).items():
         memory.register(name, *_extent(tensor), tensor)
-    launch = Launch(kernel, grid, block, cluster, smem, 0)
+    launch = Launch(kernel, grid, block, cluster, smem, 0, registers)
     return _run(prog, bytes(params), launch, memory, schedule, seed, num_sms, checks, concurrent)
 
 

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
+from .cubin import registers
 from .ptx import TARGETS
 
 _ptr, _i32, _i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -58,6 +59,7 @@ class Launch:
     cluster: tuple[int, int, int]
     dynamic_smem: int
     params: int
+    registers: int | None = None  # per thread at the start; unknown for PTX that was not assembled
 
 
 @dataclass
@@ -79,6 +81,7 @@ class _HostApi:
 
     ptx: str | None = None
     arch: str = "sm_100a"
+    registers: dict[str, int] = field(default_factory=dict)
     callbacks: list = field(default_factory=list)
     kernel_names: list = field(default_factory=list)
 
@@ -113,7 +116,8 @@ class _HostApi:
     def _succeed(self, *_args: object) -> int:
         return 0
 
-    def _load(self, library: int, *_args: object) -> int:
+    def _load(self, library: int, code: int, *_args: object) -> int:
+        self.registers.update(registers(code))
         ctypes.c_void_p.from_address(library).value = 1
         return 0
 
@@ -227,6 +231,7 @@ class _HostApi:
             raise RuntimeError("a function compiled in compile_target() was called outside emulate()")
         if not self.ptx:
             raise RuntimeError(f"no PTX was kept for kernel {launch.kernel}")
+        launch.registers = self.registers.get(launch.kernel)
         _session[-1].launches += 1
         _session[-1].on_launch(self.ptx, launch)
         return 0

@@ -7,7 +7,7 @@ import re
 from .opcodes import modifiers, op, runtime
 from .operands import one
 from .ptx import Imm, Instr, Vec
-from .report import PtxError
+from .report import Fault, PtxError
 from .wgmma import Form
 
 _DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}
@@ -97,9 +97,28 @@ def wait_group(e, instr: Instr) -> None:
     e.line(f"if not w.wgmma.wait(R, {e.read(instr.operands[0], 'i')}): return BLOCKED")
 
 
+@runtime
+def set_registers(w, count, more):
+    """Warps exchange registers through a pool of the CTA, which holds none at the start: an increase waits for
+    decreases of other warps."""
+    cta, have = w.cta, w.registers
+    if have is None:
+        return True
+    if (count < have) if more else (count > have):
+        raise Fault(f"setmaxnreg.{'inc' if more else 'dec'} to {count} registers from {have}")
+    if more and cta.free_registers < count - have:
+        cta.register_waiters.append(w)
+        w.wait(lambda: f"setmaxnreg.inc from {have} to {count} registers; {cta.free_registers} (per lane) are free")
+        return False
+    cta.free_registers += have - count
+    w.registers = count
+    if not more:
+        w.machine.wake(cta.register_waiters)
+    return True
+
+
 @op("setmaxnreg", starts_block=True)
 def setmaxnreg(e, instr: Instr) -> None:
-    """A hint about registers, which are not counted here; its operand must be one that ptxas takes."""
     mods = modifiers(instr, 1, {"inc", "dec", "sync", "aligned", "u32"})
     count = instr.operands[0]
     legal = isinstance(count, Imm) and 24 <= count.value <= 256 and count.value % 8 == 0
@@ -107,3 +126,4 @@ def setmaxnreg(e, instr: Instr) -> None:
         raise PtxError(f"line {instr.line}: the register count must be 24 to 256 in steps of 8: {instr.text}")
     e.line(f"w.line = {instr.line}")
     e.line("if m is not None and w.hold(m): return HOLD")
+    e.line(f"if not set_registers(w, {count.value}, {'inc' in mods}): return BLOCKED")

@@ -40,6 +40,8 @@ class Cta:
         self.pipe: deque = deque()  # tensor-core operations in issue order
         self.warps: list[Warp] = []
         self.warpgroups: dict[int, Warpgroup] = {}
+        self.free_registers = 0  # per lane, given back by setmaxnreg.dec
+        self.register_waiters: list[Warp] = []
         self.inbound = 0
 
     def start(self) -> None:

@@ -44,6 +44,7 @@ class Warp:
         self.async_open: list = []  # the same for cp.async
         self.async_groups: list[list] = []
         self.wgmma = WarpState(self) if program.wgmma else None
+        self.registers = self.machine.launch.registers  # per thread, where known
         self.specials: dict[str, object] = {}
         self.clock = None  # vector clock, see checks
         if self.check:
