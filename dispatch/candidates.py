@@ -81,8 +81,8 @@ def plan(
     limit: int,
     winners: Sequence[Tactic] = (),
 ) -> list[Tactic]:
-    """The tactics to run at a point: each backend's incumbent and choice, earlier winners, the rest by
-    expected time.
+    """The tactics to run at a point: what "auto" takes now, each backend's incumbent and choice, earlier winners,
+    the rest by expected time.
 
     Args:
         backends: names; default those that "auto" may take.
@@ -107,6 +107,8 @@ def plan(
         unknown += [c.tactic for c in own if not c.estimate]
     if not first:
         raise UnavailableError("no backend can run this problem; see `python -m dispatch explain`")
+    if not backends:
+        first.insert(0, choose(point.problem, device, measured).tactic)
     rest.sort(key=lambda pair: pair[0])
     kept = [tactic for seconds, tactic in rest if seconds <= PRUNE * rest[0][0]]
     allowed = {*first, *unknown, *(tactic for _, tactic in rest)}

@@ -22,7 +22,12 @@ from dispatch.errors import ArgumentError
 log = logging.getLogger("fc2_dispatch")
 
 #: The package whose compiler makes each built-in backend's kernels.
-COMPILERS = {"cute": "nvidia-cutlass-dsl", "triton": "triton", "torch": "torch"}
+COMPILERS = {
+    "cute": "nvidia-cutlass-dsl",
+    "hopper": "nvidia-cutlass-dsl",
+    "triton": "triton",
+    "torch": "torch",
+}
 
 
 @dataclass(frozen=True)

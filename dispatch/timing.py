@@ -83,16 +83,20 @@ class GraphRunner:
         launches: calls to capture one after the other; give one per input set and the rotation makes the
             cache cold. They must have run before (compiled, workspaces allocated).
         device: a CUDA device.
+        pool: memory of `torch.cuda.graph_pool_handle` to share with other runners, which may then not run at the
+            same time; default its own.
     """
 
     method = "graph"
 
-    def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
+    def __init__(
+        self, launches: Sequence[Launch], device: torch.device, pool: Optional[tuple[int, int]] = None
+    ) -> None:
         self._calls = len(launches)
         self._graph = torch.cuda.CUDAGraph()
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, pool=pool):
             for launch in launches:
                 launch()
 

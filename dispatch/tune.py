@@ -2,16 +2,17 @@
 
 For each problem: the default tactic and the most promising others run in a process of their own
 (`dispatch.worker`), are checked against a float64 reference, and those that pass are timed in turn, in CUDA
-graphs, with a cold L2. Results are saved after each problem, so that an interrupted run resumes where it
-stopped.
+graphs, with a cold L2. All kernels of a shape are compiled before, side by side (`dispatch.precompile`). Results
+are saved after each problem, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -29,12 +30,11 @@ from dispatch.execute import forget_plans, problem_of
 from dispatch.isolation import WorkerDied, WorkerProcess, importable_backends
 from dispatch.measured import Entry, table_problem, wanted_alpha
 from dispatch.model import top_k_of
+from dispatch.precompile import Compilers, Job
 from dispatch.timing import Timing
 
-#: A candidate that took this many times as long as the best in its check, and `HOPELESS_SECONDS` more, is not
-#: raced.
-HOPELESS = 3.0
-HOPELESS_SECONDS = 3e-4
+#: With fewer kernels to compile, starting processes for that takes longer.
+FEW_JOBS = 4
 #: Samples of a tactic, each over all input sets.
 ROUNDS = 16
 # Seconds a single compilation and run may take before the worker counts as hanging, and one step of a race.
@@ -46,7 +46,7 @@ GRACE_SECONDS = 3.0
 
 
 class InputsFailed(Exception):
-    """The inputs of a problem could not be made; the message says why."""
+    """The inputs of a problem could not be made; the message says so, and why."""
 
 
 @dataclass
@@ -58,8 +58,10 @@ class TuneReport:
         done, resumed, left: points measured now, found measured already, and not reached. A point whose share
             of the time did not suffice for all candidates is done, marked in the store, and measured anew by
             the next run.
-        impossible: points whose inputs could not be made, with the reason.
+        impossible: points that cannot be tuned here, with the reason.
         seconds: wall time.
+        phases: seconds of it by what was done: "inputs" (with starting the process), "compile" (side by side), "check"
+            (with compiling what was not), "race".
         path: the user's table.
         unsaved: why results are not in it; "" if they are.
     """
@@ -70,6 +72,7 @@ class TuneReport:
     left: list[Point] = field(default_factory=list)
     impossible: list[tuple[Point, str]] = field(default_factory=list)
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
     path: str = ""
     unsaved: str = ""
 
@@ -78,8 +81,10 @@ class TuneReport:
             f"tuned {len(self.done)} problems in {self.seconds:.0f} s; {len(self.resumed)} were tuned already, "
             f"{len(self.left)} not reached" + (" (run again to go on)" if self.left else "")
         ]
+        if self.phases:
+            lines.append("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items()))
         lines += [
-            f"  m={p.problem.m} n={p.problem.n} k={p.problem.k}: no inputs: {why}"
+            f"  m={p.problem.m} n={p.problem.n} k={p.problem.k}: not tuned: {why}"
             for p, why in self.impossible
         ]
         for point in self.done:
@@ -284,6 +289,8 @@ class _Tuner:
         self.worker: Optional[WorkerProcess] = None
         self.set_up: Optional[Point] = None
         self.keep = keep
+        self.compilers = Compilers(device, info, importable_backends(), CHECK_SECONDS)
+        self.precompiled: set[Fc2Problem] = set()
         self.report = TuneReport(path=str(store.user_path(info.name)))
         # Times by (shape, alpha), then m: what refinement looks at.
         self.times: dict[tuple, dict[int, dict[Tactic, float]]] = {}
@@ -305,8 +312,9 @@ class _Tuner:
                     else:
                         bar.set_postfix_str(f"m={point.problem.m} {point.alpha}")
                         try:
+                            self._compile_ahead(point, waiting, bar)
                             self._tune(point, len(waiting) + 1, bar)
-                        except InputsFailed as error:
+                        except (InputsFailed, UnavailableError) as error:
                             if self._seconds_left() > 0:
                                 self.report.impossible.append((point, str(error)))
                             else:
@@ -318,6 +326,7 @@ class _Tuner:
                         bar.refresh()
         finally:
             self._stop()
+            self.compilers.close()
             self.report.seconds = time.monotonic() - self.started
             forget_plans()
         return self.report
@@ -348,12 +357,37 @@ class _Tuner:
         times = self.times.setdefault((replace(point.problem, m=1), point.alpha), {})
         times[point.problem.m] = {e.tactic: e.seconds for e in entries if e.seconds is not None}
 
+    def _compile_ahead(self, point: Point, waiting: Sequence[Point], bar: Any) -> None:
+        """Compile for all points of this one's shape, if it is the first."""
+        shape = replace(point.problem, m=1)
+        if shape in self.precompiled:
+            return
+        self.precompiled.add(shape)
+        same = [p for p in waiting if replace(p.problem, m=1) == shape]
+        self._precompile([p for p in (point, *same) if self.again or not self._known(p)], len(waiting) + 1, bar)
+
+    def _precompile(self, points: Sequence[Point], points_left: int, bar: Any) -> None:
+        """Compile what is likely to be raced at the points of one shape, in at most half of their share of the time."""
+        known = store.measured_for(self.info)
+        jobs: dict[Job, None] = {}
+        for point in points:
+            for tactic in plan(point, self.info, known, self.backends, self.limit):
+                if not registry.get(tactic.backend).is_compiled(point.problem, tactic):
+                    jobs[point.problem, tactic] = None
+        if len(jobs) < FEW_JOBS or self.compilers.count(list(jobs)) < 2:
+            return
+        deadline = time.monotonic() + 0.5 * self._seconds_left() * len(points) / points_left
+        with self._phase("compile"):
+            self.compilers.compile(
+                list(jobs), deadline, lambda done: bar.set_postfix_str(f"compiled {done}/{len(jobs)}")
+            )
+
     def _tune(self, point: Point, points_left: int, bar: Any) -> None:
         """Measure one point with a fair share of the time left, twice over for a slow one, and save it."""
         self._ready(point)
         share = min(self.deadline, time.monotonic() + 2 * self._seconds_left() / points_left)
         failures: dict[Tactic, str] = {}
-        passed: dict[Tactic, float] = {}
+        passed: list[Tactic] = []
         seen = self.times.get((replace(point.problem, m=1), point.alpha), {})
         winners = [min(times, key=lambda t: times[t]) for times in seen.values() if times]
         tactics = plan(point, self.info, store.measured_for(self.info), self.backends, self.limit, winners)
@@ -363,30 +397,35 @@ class _Tuner:
                 cut = {"cut": f"{index} of {len(tactics)}"}
                 break
             bar.set_postfix_str(f"m={point.problem.m} {point.alpha}, checking {index + 1}/{len(tactics)}")
-            answer = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
+            with self._phase("check"):
+                answer = self._attempt(point, {"do": "check", "tactic": tactic.to_json()}, CHECK_SECONDS)
             if "ok" in answer:
-                passed[tactic] = answer["seconds"]
+                passed.append(tactic)
             elif self._seconds_left() <= 0:  # the clock's fault, not the tactic's
                 self.report.left.append(point)
                 return
             else:
                 failures[tactic] = answer["failed"]
-        limit = (
-            max(HOPELESS * min(passed.values()), min(passed.values()) + HOPELESS_SECONDS) if passed else 0.0
-        )
-        racing = [tactic for tactic, seconds in passed.items() if seconds <= limit]
-        samples, conditions = self._race(point, racing, failures, share)
+        with self._phase("race"):
+            samples, conditions = self._race(point, list(passed), failures, share)
         if passed and not samples and self._seconds_left() <= 0:
             self.report.left.append(point)
             return
-        slow = {tactic: seconds for tactic, seconds in passed.items() if seconds > limit}
-        entries = self._entries(point, samples, slow, failures, {**conditions, **cut})
+        entries = self._entries(point, samples, failures, {**conditions, **cut})
         self.report.entries += entries
         self.report.done.append(point)
         self._note(point, entries)
         if self.keep:
             self.report.unsaved = store.save(self.info.name, entries) or self.report.unsaved
             store.remember(self.info, entries)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.report.phases[name] = self.report.phases.get(name, 0.0) + time.monotonic() - began
 
     def _attempt(self, point: Point, request: Mapping[str, Any], seconds: float) -> dict:
         """The final answer to a request; a worker that died is replaced at the next one."""
@@ -403,8 +442,11 @@ class _Tuner:
 
     def _ready(self, point: Point) -> None:
         """Make sure of a worker that is set up for the point. Raises InputsFailed if there can be none."""
-        if self.worker is not None and self.set_up == point:
-            return
+        if self.worker is None or self.set_up != point:
+            with self._phase("inputs"):
+                self._set_up(point)
+
+    def _set_up(self, point: Point) -> None:
         if self.worker is None:
             self.worker = WorkerProcess()
         request = {
@@ -423,7 +465,7 @@ class _Tuner:
         if answer.get("ended"):
             self._stop()
         if "failed" in answer:
-            raise InputsFailed(answer["failed"])
+            raise InputsFailed(f"no inputs: {answer['failed']}")
         self.set_up = point
 
     def _race(
@@ -463,24 +505,20 @@ class _Tuner:
         self,
         point: Point,
         samples: Mapping[Tactic, Sequence[float]],
-        slow: Mapping[Tactic, float],
         failures: Mapping[Tactic, str],
         conditions: Mapping[str, Any],
     ) -> list[Entry]:
         date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
         problem = table_problem(point.problem)
         entries = []
-        for tactic in (*samples, *slow, *failures):
+        for tactic in (*samples, *failures):
             notes = {**environment.conditions(registry.get(tactic.backend)), **conditions, "date": date}
             if tactic in failures:
                 entries.append(
                     Entry(problem, point.alpha, tactic, None, failure=failures[tactic], notes=notes)
                 )
                 continue
-            taken = samples.get(tactic) or [slow[tactic]]
-            if tactic in slow:
-                notes |= {"timer": "host", "l2": "any"}
-            timing = Timing(tuple(taken), notes["timer"], notes["l2"])
+            timing = Timing(tuple(samples[tactic]), notes["timer"], notes["l2"])
             notes["samples"] = len(timing.samples)
             entries.append(Entry(problem, point.alpha, tactic, timing.median, timing.spread, notes=notes))
         return entries

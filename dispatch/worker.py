@@ -3,10 +3,12 @@
 `python -m dispatch.worker` reads requests from stdin and answers on what was stdout, JSON objects one a line:
 
 - `{"do": "setup", "problem", "alpha", "device", "backends"}` makes inputs and the float64 reference;
-- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, compares with the reference and bitwise,
-  and answers with the seconds that the second run took by the host's clock;
+- `{"do": "check", "tactic"}` compiles and runs one tactic, twice, compares with the reference and bitwise, and
+  captures it as it is to be timed;
 - `{"do": "race", "tactics", "rounds", "seconds"}` times tactics in turn and answers with one `sample` after
-  the other.
+  the other;
+- `{"do": "compile", "problem", "tactic", "device", "backends"}` only compiles, so that a process that times finds
+  the kernel in the backend's cache.
 
 Every request ends with `{"ok": ...}` or `{"failed": reason}`, with `"ended": true` if the process ends with
 it. Before a tactic runs in a race, `{"running": index}` says so: whoever finds the process dead knows whom to
@@ -20,7 +22,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import torch
@@ -34,9 +36,9 @@ from dispatch.measured import OUT_OF_MEMORY
 from dispatch.model import active_share
 from dispatch.timing import GraphRunner, HostRunner, Launch, Runner, cold_sets
 
-#: In a race, a tactic slower than this many times the best after `_SCREENING` rounds is not timed further.
-_HOPELESS = 1.3
-_SCREENING = 4
+#: In a race: after so many rounds, a tactic whose fastest sample is slower than so many times the best is not timed
+#: further.
+_SCREENING = {1: 3.0, 4: 1.3}
 # Share of the free device memory that copies of the weights may take.
 _MEMORY_SHARE = 0.5
 _SEED = 20260825
@@ -86,6 +88,8 @@ class Bench:
     weights: Sequence[Operand]
     outs: Sequence[torch.Tensor]
     reference: check.Reference
+    runners: dict[Tactic, Runner] = field(default_factory=dict)
+    pool: Optional[tuple[int, int]] = None
 
     @classmethod
     def of(cls, problem: Fc2Problem, alpha: str, weights: Weights) -> Bench:
@@ -101,7 +105,9 @@ class Bench:
         reference = check.references(sets[:1], weights.plain)[0]
         sets = [replace(s, a=s.a.to_layout(problem.a_layout)) for s in sets]
         outs = [torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device) for _ in sets]
-        return cls(problem, device, sets, copies, outs, reference)
+        # One memory pool for the graphs of all tactics, or the last ones would find no room beside the others'.
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        return cls(problem, device, sets, copies, outs, reference, pool=pool)
 
     def launches(self, backend: Fc2Backend, tactic: Tactic) -> list[Launch]:
         """One call per input set."""
@@ -113,8 +119,8 @@ class Bench:
         ]
 
     def check(self, backend: Fc2Backend, tactic: Tactic) -> dict:
-        """Run the tactic twice on the first set: `ok` if both results are right and equal, else what is
-        wrong."""
+        """Run the tactic twice on the first set, then make it ready to be timed: `ok` if both results are right and
+        equal, else what is wrong."""
         support = backend.can_implement(self.problem, tactic)
         if not support:
             return {"failed": support.reason}
@@ -124,32 +130,29 @@ class Bench:
             out.fill_(float("nan"))
             if not backend.is_compiled(self.problem, tactic):
                 backend.compile(self.problem, tactic)
-            self.synchronize()
-            began = time.perf_counter()
             launch()
-            self.synchronize()
-            seconds = time.perf_counter() - began
             over_bar = check.errors([out], [self.reference]).over_bar
             if not over_bar <= 1.0:
                 return {"failed": f"wrong result: {over_bar:.3g} times the accuracy bar"}
             if first is not None and not torch.equal(first, out):
                 return {"failed": "two runs on the same inputs differ"}
             first = out.clone()
-        return {"ok": True, "seconds": seconds}
+        self.runner(backend, tactic)
+        return {"ok": True}
 
     def runner(self, backend: Fc2Backend, tactic: Tactic) -> Runner:
         """The tactic as deployed: in a CUDA graph, over all input sets; on a CPU by the host's clock."""
+        if tactic in self.runners:
+            return self.runners[tactic]
         if not backend.is_compiled(self.problem, tactic):
             backend.compile(self.problem, tactic)
         launches = self.launches(backend, tactic)
         for launch in launches:
             launch()
-        self.synchronize()
-        return GraphRunner(launches, self.device) if self.device.type == "cuda" else HostRunner(launches)
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        on_gpu = self.device.type == "cuda"
+        runner = GraphRunner(launches, self.device, self.pool) if on_gpu else HostRunner(launches)
+        self.runners[tactic] = runner
+        return runner
 
 
 class Worker:
@@ -160,12 +163,7 @@ class Worker:
         self._weights: Optional[Weights] = None
 
     def setup(self, request: Mapping[str, Any]) -> Iterator[dict]:
-        for module, cls, name in request["backends"]:
-            if name not in registry.names():
-                registry.register(getattr(importlib.import_module(module), cls)())
-        device = torch.device(request["device"])
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device = _prepare_process(request)
         self._bench = None  # its memory is needed
         problem = Fc2Problem.from_json(request["problem"])
         if self._weights is None or self._weights.plain.shape != (problem.n, problem.k):
@@ -173,6 +171,14 @@ class Worker:
             self._weights = Weights(problem.n, problem.k, device)
         self._bench = Bench.of(problem, request["alpha"], self._weights)
         yield {"ok": True, "sets": len(self._bench.sets)}
+
+    def compile(self, request: Mapping[str, Any]) -> Iterator[dict]:
+        _prepare_process(request)
+        backend, tactic = _backend_and_tactic(request["tactic"])
+        problem = Fc2Problem.from_json(request["problem"])
+        if not backend.is_compiled(problem, tactic):
+            backend.compile(problem, tactic)
+        yield {"ok": True}
 
     def check(self, request: Mapping[str, Any]) -> Iterator[dict]:
         yield self._bench.check(*_backend_and_tactic(request["tactic"]))
@@ -191,13 +197,24 @@ class Worker:
                 if turn >= 0:
                     samples[index].append(sample)
                     yield {"sample": [index, sample]}
-            if turn == _SCREENING:
-                best = min(min(samples[index]) for index in runners)
-                runners = {i: r for i, r in runners.items() if min(samples[i]) <= _HOPELESS * best}
-            if turn >= _SCREENING and time.monotonic() > deadline:
+            if turn + 1 in _SCREENING:
+                limit = _SCREENING[turn + 1] * min(min(samples[index]) for index in runners)
+                runners = {i: r for i, r in runners.items() if min(samples[i]) <= limit}
+            if turn + 1 >= max(_SCREENING) and time.monotonic() > deadline:
                 break
         method = "graph" if self._bench.device.type == "cuda" else "host"
         yield {"ok": True, "timer": method, "l2": "cold" if method == "graph" else "warm"}
+
+
+def _prepare_process(request: Mapping[str, Any]) -> torch.device:
+    """Register the backends that only the parent knows, and take the device."""
+    for module, cls, name in request["backends"]:
+        if name not in registry.names():
+            registry.register(getattr(importlib.import_module(module), cls)())
+    device = torch.device(request["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _backend_and_tactic(record: Mapping[str, Any]) -> tuple[Fc2Backend, Tactic]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -76,6 +77,25 @@ class StubBackend(Fc2Backend):
             os.abort()
         elif tactic.fault == "hang":
             time.sleep(3600)
+
+
+class CompilingBackend(StubBackend):
+    """Compiles slowly, into files of a directory, each with the process that did it."""
+
+    offered = tuple(StubTactic(delay_ms=delay) for delay in (1, 2, 3, 4, 5))
+
+    @staticmethod
+    def _path(problem, tactic):
+        return Path(os.environ["STUB_KERNELS"]) / f"{problem.m}-{tactic.delay_ms}"
+
+    def is_compiled(self, problem, tactic):
+        return self._path(problem, tactic).exists()
+
+    def compile(self, problem, tactic):
+        if tactic.delay_ms == 4 and "STUB_COMPILER_CRASHES" in os.environ:
+            os.abort()
+        time.sleep(0.2)
+        self._path(problem, tactic).write_text(str(os.getpid()))
 
 
 class HangingBackend(StubBackend):
