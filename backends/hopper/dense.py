@@ -46,7 +46,8 @@ class DenseKernel:
     #: Integers of `__call__`.
     INTEGERS = 11
 
-    def __init__(self, tile: DenseKernelTile) -> None:
+    def __init__(self, tile: DenseKernelTile, offset: bool = False) -> None:
+        self.offset = offset
         self.tile = tile
         self.pieces = tile.cta_rows // _PIECE_ROWS
         self.slice_bytes = tile.tokens * _SLICE_BYTES
@@ -106,7 +107,7 @@ class DenseKernel:
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         pairs = cutlass.Int32(0)
-        for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=1):
+        for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
             pairs += cute.arch.load(counts + e, cutlass.Int32)
         if cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts:
             self.run(acts, w_data, w_scale, alpha_t, parts, blocks, expert_chunks, columns, work, warp)
@@ -206,7 +207,7 @@ class DenseKernel:
     @cute.jit
     def multiply(self, rings, parts, work, rank, cluster, warp):
         """A multiplying warp: 16 rows of its group's 64, all tokens of the tile."""
-        count = self.tile.tokens // 2
+        count, depth = self.tile.tokens // 2, self.tile.depth
         lane = cute.arch.lane_idx()
         # Blocks of 32 rows serve two warps; the second's scale factors lie a byte lower.
         words_at = warp // 2 * 4096 + warp % 2 * 512 + lane * 16
@@ -215,61 +216,81 @@ class DenseKernel:
         turned = warp % 2 * 8
         descriptor = self.descriptor(rings.acts)
         total = cute.make_rmem_tensor(count, cutlass.Float32)
-        ahead = cute.make_rmem_tensor(16, cutlass.Int32)
+        ahead = cute.make_rmem_tensor(16 * depth, cutlass.Int32)
         stage, phase = cutlass.Int32(0), cutlass.Int32(0)
         act_stage, act_phase = cutlass.Int32(0), cutlass.Int32(0)
         left = work.length(cluster)
+        length = left
+        group = warp // 4
+        if cutlass.const_expr(self.offset):
+            if group == 1:
+                cute.arch.barrier(barrier_id=1, number_of_threads=256)
         cute.arch.mbarrier_wait(rings.weights_full, 0)
-        first_words = ptx.load_shared4(rings.weights + words_at)
-        first_factors = ptx.load_shared4(rings.weights + scales_at)
-        self.keep(ahead, self.decode(first_words, self.factors(first_factors[0], turned)))
+        factors = ptx.load_shared4(rings.weights + scales_at)
+        for d in cutlass.range_constexpr(depth):
+            words = ptx.load_shared4(rings.weights + words_at + 1024 * d)
+            self.keep(ahead, 16 * d, self.decode(words, self.factors(factors[d], turned)))
+        cute.arch.mbarrier_wait(rings.acts_full, 0)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             total.fill(0.0)
             tile, first, last = work.segment(cluster, segment)
             for chunk in cutlass.range(first, last, unroll=1):
                 left -= 1
-                here = rings.weights + stage * self.stage_bytes
+                here, slot = rings.weights + stage * self.stage_bytes, act_stage * _SLICES
                 factors = ptx.load_shared4(here + scales_at)
-                operand = [ahead[i] for i in range(16)]
-                sums = None
+                operands = [[ahead[16 * d + i] for i in range(16)] for d in range(depth)]
+                words, sums = None, None
                 for q in cutlass.range_constexpr(_SLICES):
-                    slot = act_stage * _SLICES + q
-                    if cutlass.const_expr(q < _SLICES - 1):
+                    if cutlass.const_expr(q >= depth):
+                        if cutlass.const_expr(q > depth):
+                            ptx.wait_multiply(depth)
+                            self.release(rings.acts_empty + slot + (q - depth - 1), lane)
+                        operands.append(self.decode(words, self.factors(factors[q], turned)))
+                    if cutlass.const_expr(depth <= q + 1 < _SLICES):
                         words = ptx.load_shared4(here + words_at + 1024 * (q + 1))
-                    cute.arch.mbarrier_wait(rings.acts_full + slot, act_phase)
-                    sums = ptx.multiply(
-                        sums, operand, descriptor + (slot * (self.slice_bytes // 16)).to(cutlass.Int64), self.tile.tokens
-                    )
                     if cutlass.const_expr(q > 0):
-                        ptx.wait_multiply(1)
-                        self.release(rings.acts_empty + slot - 1, lane)
-                    if cutlass.const_expr(q < _SLICES - 1):
-                        operand = self.decode(words, self.factors(factors[q + 1], turned))
-                # The next chunk's first slice is decoded before this one's sums are ready; after the last, its own again.
+                        cute.arch.mbarrier_wait(rings.acts_full + slot + q, act_phase)
+                    right = descriptor + ((slot + q) * (self.slice_bytes // 16)).to(cutlass.Int64)
+                    sums = ptx.multiply(sums, operands[q], right, self.tile.tokens)
+                    if cutlass.const_expr(self.offset and q == 1):
+                        if left == length - 1:
+                            if group == 0:
+                                cute.arch.barrier_arrive(barrier_id=1, number_of_threads=256)
+                # The next chunk's first slices are decoded before this one's sums are ready; after the last, its own.
                 next_stage, next_phase = stage + 1, phase
                 if next_stage == self.tile.weight_chunks:
                     next_stage, next_phase = cutlass.Int32(0), phase ^ 1
+                act_stage += 1
+                if act_stage == self.tile.act_chunks:
+                    act_stage, act_phase = cutlass.Int32(0), act_phase ^ 1
                 following = here
                 if left > 0:
                     cute.arch.mbarrier_wait(rings.weights_full + next_stage, next_phase)
                     following = rings.weights + next_stage * self.stage_bytes
-                words = ptx.load_shared4(following + words_at)
                 factors = ptx.load_shared4(following + scales_at)
-                operand = self.decode(words, self.factors(factors[0], turned))
-                sums, operand = ptx.finish_multiply(sums, operand)
-                self.keep(ahead, operand)
-                self.release(rings.acts_empty + act_stage * _SLICES + _SLICES - 1, lane)
+                ready = []
+                for d in cutlass.range_constexpr(depth):
+                    words = ptx.load_shared4(following + words_at + 1024 * d)
+                    ptx.wait_multiply(depth - d)
+                    self.release(rings.acts_empty + slot + (_SLICES - 1 - depth + d), lane)
+                    ready += self.decode(words, self.factors(factors[d], turned))
+                alphas = []
+                if cutlass.const_expr(depth > 1):
+                    alphas = [ptx.load_shared2(here + alpha_at + 32 * j) for j in range(self.tile.tokens // 8)]
+                # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.
+                if left > 0:
+                    cute.arch.mbarrier_wait(rings.acts_full + act_stage * _SLICES, act_phase)
+                sums, ready = ptx.finish_multiply(sums, ready)
+                self.keep(ahead, 0, ready)
+                self.release(rings.acts_empty + slot + _SLICES - 1, lane)
                 for j in cutlass.range_constexpr(self.tile.tokens // 8):
-                    alpha = ptx.load_shared2(here + alpha_at + 32 * j)
+                    alpha = alphas[j] if depth > 1 else ptx.load_shared2(here + alpha_at + 32 * j)
                     for i in cutlass.range_constexpr(4):
                         total[4 * j + i] = total[4 * j + i] + alpha[i % 2] * sums[4 * j + i]
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(rings.weights_empty + stage)
                 stage, phase = next_stage, next_phase
-                act_stage += 1
-                if act_stage == self.tile.act_chunks:
-                    act_stage, act_phase = cutlass.Int32(0), act_phase ^ 1
             self.store(parts, work.part(cluster, tile), rank, warp, lane, total)
 
     def descriptor(self, address):
@@ -285,9 +306,9 @@ class DenseKernel:
         """The left operand of one slice: 16 registers."""
         return [register for word in words for register in ptx.decode_weights(word, factors)]
 
-    def keep(self, target: cute.Tensor, values: list) -> None:
+    def keep(self, target: cute.Tensor, at: int, values: list) -> None:
         for i, value in enumerate(values):
-            target[i] = value
+            target[at + i] = value
 
     @cute.jit
     def release(self, barrier, lane):

@@ -21,6 +21,7 @@ class DenseKernelTile(NamedTuple):
     groups: int  # of four warps that decode weights and multiply
     act_chunks: int  # chunks of decoded activations in shared memory
     weight_chunks: int  # chunks of weights in shared memory
+    depth: int  # slices of 64 values of K being multiplied while the next is decoded
 
     @property
     def cta_rows(self) -> int:
@@ -33,7 +34,7 @@ class DenseKernelTile(NamedTuple):
 
 
 # Widest token tile for which a kernel is used -> its other choices, all that 227 KB of shared memory hold.
-_KERNELS = {64: DenseKernelTile(64, 4, 3, 3), 128: DenseKernelTile(128, 2, 2, 4)}
+_KERNELS = {64: DenseKernelTile(64, 4, 3, 3, 1), 128: DenseKernelTile(128, 2, 2, 4, 2)}
 
 
 class DenseTiling(NamedTuple):
