@@ -188,20 +188,26 @@ def _describe_triton(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: 
             _pair_flops(problem, rows),
             wave_factor,
         )
-    dense = alpha in (ALPHA_DENSE, ALPHA_ANY)
+    kind, rows = _gathered_pairs(problem, alpha, tactic.block_m)
+    traffic = problem.weight_bytes * share + rest
+    return Work(f"triton/{tactic.form} {kind}", shape, traffic, _pair_flops(problem, rows), 1.0)
+
+
+def _describe_hopper(problem: Fc2Problem, tactic: Tactic, sm_count: int, alpha: str) -> Work:
+    """As triton's forms for prepared weights, with tokens in groups of 8; every tactic has an efficiency of its
+    own."""
+    kind, rows = _gathered_pairs(problem, alpha, 8)
+    traffic = problem.bytes - problem.weight_bytes * (1 - active_share(problem, alpha))
+    return Work(f"hopper/{kind}", str(tactic), traffic, _pair_flops(problem, rows), 1.0)
+
+
+def _gathered_pairs(problem: Fc2Problem, alpha: str, block: int) -> tuple[str, float]:
+    """Whether alpha is "routed" or "dense", and the (token, expert) pairs that a gathering kernel works for."""
+    if alpha in (ALPHA_DENSE, ALPHA_ANY):
+        return "dense", float(problem.m * problem.experts)
     top_k = top_k_of(alpha, problem.experts)
-    if dense:
-        kind, rows = "dense", float(problem.m * problem.experts)
-    else:
-        kind, rows = "routed", gathered_rows(problem.m, problem.experts, top_k, tactic.block_m)
-        rows += problem.m * top_k * _SUM_WORK / problem.intermediate
-    return Work(
-        f"triton/{tactic.form} {kind}",
-        shape,
-        problem.weight_bytes * share + rest,
-        _pair_flops(problem, rows),
-        1.0,
-    )
+    rows = gathered_rows(problem.m, problem.experts, top_k, block)
+    return "routed", rows + problem.m * top_k * _SUM_WORK / problem.intermediate
 
 
 @functools.lru_cache(maxsize=None)
@@ -250,6 +256,7 @@ def _round_up(value: float, multiple: int) -> int:
 
 _DESCRIBERS: dict[str, Callable[[Fc2Problem, Tactic, int, str], Work]] = {
     "cute": _describe_cute,
+    "hopper": _describe_hopper,
     "torch": _describe_torch,
     "triton": _describe_triton,
 }

@@ -7,8 +7,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from backends import Fc2Problem
+from backends import Fc2Problem, Tactic
 from backends.cute.budget import CuteTactic
 from backends.torch_baseline import TorchTactic
 from backends.triton.tactic import TritonTactic
@@ -16,7 +17,7 @@ from dispatch import calibrate, store
 from dispatch.calibrate import fitted, geomean_regret, leave_one_out
 from dispatch.hardware import GPUS
 from dispatch.measured import Entry, Table
-from dispatch.model import Family, Model, active_share, describe, fit, top_k_of
+from dispatch.model import Family, Model, active_share, describe, fit, gathered_rows, top_k_of
 from dispatch.shapes import SHAPES, assumed_top_k
 
 V3 = Fc2Problem(128, 7168, 65536, 256)
@@ -109,6 +110,27 @@ def test_work_of_triton_forms():
     assert tiled.flops == V3.flops and tiled.family == "triton/tiled"
     routed = describe(replace(V3, m=8), TritonTactic(block_m=16), 132, "topk:8")
     assert routed.bytes < 0.3 * V3.weight_bytes
+
+
+@pytest.mark.parametrize("m, top_k, block", [(1, 8, 8), (16, 8, 8), (256, 8, 8), (256, 8, 16), (512, 8, 16), (64, 2, 8)])
+def test_gathered_rows_are_those_of_random_selections(m, top_k, block):
+    experts = 8 if top_k == 2 else 256
+    source = torch.Generator().manual_seed(m)
+    rows = 0
+    for _ in range(40):
+        picked = torch.rand((m, experts), generator=source).topk(top_k, dim=1).indices.flatten()
+        rows += int((-(-torch.bincount(picked) // block) * block).sum())
+    assert gathered_rows(m, experts, top_k, block) == pytest.approx(rows / 40, rel=0.04)
+
+
+def test_work_of_hopper_is_one_read_of_the_selected_experts():
+    class Theirs(Tactic):
+        backend = "hopper"
+
+    routed, dense = (describe(replace(V3, m=8), Theirs(), 132, alpha) for alpha in ("topk:8", "dense"))
+    assert (routed.family, dense.family) == ("hopper/routed", "hopper/dense")
+    assert dense.bytes == replace(V3, m=8).bytes and dense.flops == replace(V3, m=8).flops
+    assert dense.bytes - routed.bytes == pytest.approx(V3.weight_bytes * (1 - active_share(replace(V3, m=8), "topk:8")))
 
 
 def test_an_unknown_backend_has_no_description():
