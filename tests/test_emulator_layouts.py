@@ -333,7 +333,8 @@ class TestParser:
         assert kernel.labels[kernel.instrs[3].operands[0].name] == 2 and kernel.instrs[3].guard_negated
 
     def test_parameters_are_laid_out_by_alignment(self) -> None:
-        text = ".target sm_100a\n.visible .entry k(.param .u32 a, .param .align 64 .b8 b[128], .param .u64 c) { ret; }"
+        params = ".param .u32 a, .param .align 64 .b8 b[128], .param .u64 c"
+        text = f".target sm_100a\n.visible .entry k({params}) {{ ret; }}"
         kernel = ptx.parse_module(text)["k"]
         assert [(p.name, p.offset, p.size) for p in kernel.params] == [
             ("a", 0, 4),

@@ -54,7 +54,8 @@ def mma_case(shape: str, a_kind: str, b_kind: str, a_count: int) -> str:
     {load("b", 20, b_count)}
     {load("c", 30, 4)}
     mma.sync.aligned.{shape}.row.col.{accumulator}.{a_kind}.{b_kind}.{accumulator}
-        {{{regs("r", 4, 40)}}}, {{{regs("r", a_count, 10)}}}, {{{regs("r", b_count, 20)}}}, {{{regs("r", 4, 30)}}};
+        {{{regs("r", 4, 40)}}}, {{{regs("r", a_count, 10)}}},
+        {{{regs("r", b_count, 20)}}}, {{{regs("r", 4, 30)}}};
     ld.param.u64 %d2, [out];
     mad.wide.u32 %d3, %r0, 16, %d2;
     st.global.v4.b32 [%d3], {{{regs("r", 4, 40)}}};"""
@@ -122,7 +123,8 @@ def test_mma_sync_against_numpy(shape: str, a_kind: str, b_kind: str, seed: int)
 @pytest.mark.parametrize(
     "text",
     [
-        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r1, %r2};",
+        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, "
+        "{%r1, %r2};",
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r1,%r2,%r3,%r4}, {%r5,%r6}, "
         "{%r1,%r2,%r3,%r4};",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r1, %r2}, {%r1, %r2}, {%r5}, {%r1, %r2};",

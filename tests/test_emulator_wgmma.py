@@ -98,12 +98,12 @@ MUTATIONS = {
     "the stage is released before the wait": (
         SHARED_LEFT,
         [Edit("wait_tile")],
-        r"bulk copy into shared memory .* by a wgmma of warpgroup 0 .* no wgmma.wait_group is known to cover it",
+        r"bulk copy into shared memory .* by a wgmma of warpgroup 0 .* no wgmma.wait_group is known to",
     ),
     "the stage is released one tile early": (
         SHARED_LEFT,
         [Edit("wait_tile", "aligned 1;", "aligned 1; mov.b32 %previous, %slot;")],
-        r"bulk copy into shared memory .* by a wgmma of warpgroup 0 .* no wgmma.wait_group is known to cover it",
+        r"bulk copy into shared memory .* by a wgmma of warpgroup 0 .* no wgmma.wait_group is known to",
     ),
     "no wait for the loads": (
         SHARED_LEFT,
@@ -237,8 +237,8 @@ class Operand:
 
 def run_single(
     a_kind: str, b_kind: str, n: int, *, a_swizzle: int | None, b_swizzle: int = 1, a_mn: bool = False,
-    b_mn: bool = False, negate: tuple[int, int] = (1, 1), accumulate: bool = False, seed: int = 0, edits: tuple = (),
-    **options: object,
+    b_mn: bool = False, negate: tuple[int, int] = (1, 1), accumulate: bool = False, seed: int = 0,
+    edits: tuple = (), **options: object,
 ) -> tuple[np.ndarray, np.ndarray, LaunchReport]:  # fmt: skip
     """(D, the expected D, report); `a_swizzle` None is a left operand in registers."""
     rng = np.random.default_rng(seed)
@@ -349,8 +349,8 @@ class TestOneInstruction:
             )
 
     def test_another_shape_on_registers_in_flight(self) -> None:
-        more = "commit_group.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%c0, %c1, %c2, %c3}, "
-        more += "%q, %qb, %more, 1, 1, 0, 0;"
+        more = "commit_group.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
+        more += "{%c0, %c1, %c2, %c3}, %q, %qb, %more, 1, 1, 0, 0;"
         with pytest.raises(Fault, match="with another shape, and is still in flight"):
             run_single(
                 "f16", "f16", 32, a_swizzle=1, edits=(Edit("commit", "commit_group.sync.aligned;", more),)
@@ -405,7 +405,9 @@ class TestRegisterPool:
 
     @every_schedule
     def test_too_few_is_a_deadlock(self, problem: WarpgroupProblem, schedule: str, seed: int) -> None:
-        with pytest.raises(Deadlock, match=r"setmaxnreg.inc from 192 to 240 registers; 24 \(per lane\) are free"):
+        with pytest.raises(
+            Deadlock, match=r"setmaxnreg.inc from 192 to 240 registers; 24 \(per lane\) are free"
+        ):
             problem.run(SHARED_LEFT, registers=192, schedule=schedule, seed=seed)
 
     def test_direction(self, problem: WarpgroupProblem) -> None:

@@ -1,5 +1,5 @@
-"""A functional emulator of SM100 (Blackwell) for CuTe DSL kernels: executes their PTX on the CPU and checks
-it.
+"""A functional emulator of SM 10.0 (Blackwell) and SM 9.0 (Hopper) for CuTe DSL kernels: executes their PTX on
+the CPU and checks it.
 
     with compile_target():
         compiled = cute.compile(host_function, ...)

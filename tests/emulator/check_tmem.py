@@ -20,8 +20,8 @@ class TensorChecks:
         return Ticket(view, agent, clock, w)
 
     def issue_wgmma(self, w, op) -> Ticket:
-        """One warp's part of an operation. Its completion tells any warp of the warpgroup what all four had done
-        when they issued it."""
+        """One warp's part of an operation. Its completion tells any warp of the warpgroup what all four had
+        done when they issued it."""
         ticket = Ticket(self._view(w), self._wgmma_agent(w), op.number + 1, w)
         op.clock = self._release(w, op.clock, False)
         return ticket

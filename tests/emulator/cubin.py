@@ -6,7 +6,8 @@ import ctypes
 import struct
 from typing import Iterator
 
-_FATBIN = 0xBA55ED50  # {u32 magic, u16 version, u16 header bytes, u64}, then {u16, u16, u32 header bytes, ...} cubin
+# A fatbin: {u32 magic, u16 version, u16 header bytes, u64}, then {u16, u16, u32 header bytes, ...} and a cubin.
+_FATBIN = 0xBA55ED50
 _SVAL, _REGCOUNT = 0x04, 0x2F  # format and attribute of an .nv.info record: {u32 symbol, u32 registers}
 
 
@@ -22,7 +23,9 @@ def registers(address: int) -> dict[str, int]:
     entry, count, names = struct.unpack("<HHH", ctypes.string_at(address + 0x3A, 6))
     table += address
     headers = [struct.unpack("<IIQQQQIIQQ", ctypes.string_at(table + entry * i, 64)) for i in range(count)]
-    data = [ctypes.string_at(address + h[4], h[5]) if h[1] != 8 else b"" for h in headers]  # 8: no bits in the file
+    data = [
+        ctypes.string_at(address + h[4], h[5]) if h[1] != 8 else b"" for h in headers
+    ]  # 8: no bits in the file
     sections = {_text(data[names], h[0]): (h, d) for h, d in zip(headers, data)}
     if not {".symtab", ".strtab", ".nv.info"} <= sections.keys():
         return {}

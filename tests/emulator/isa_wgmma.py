@@ -99,8 +99,8 @@ def wait_group(e, instr: Instr) -> None:
 
 @runtime
 def set_registers(w, count, more):
-    """Warps exchange registers through a pool of the CTA, which holds none at the start: an increase waits for
-    decreases of other warps."""
+    """Warps exchange registers through a pool of the CTA, which holds none at the start: an increase waits
+    for decreases of other warps."""
     cta, have = w.cta, w.registers
     if have is None:
         return True
@@ -108,7 +108,11 @@ def set_registers(w, count, more):
         raise Fault(f"setmaxnreg.{'inc' if more else 'dec'} to {count} registers from {have}")
     if more and cta.free_registers < count - have:
         cta.register_waiters.append(w)
-        w.wait(lambda: f"setmaxnreg.inc from {have} to {count} registers; {cta.free_registers} (per lane) are free")
+        w.wait(
+            lambda: (
+                f"setmaxnreg.inc from {have} to {count} registers; {cta.free_registers} (per lane) are free"
+            )
+        )
         return False
     cta.free_registers += have - count
     w.registers = count

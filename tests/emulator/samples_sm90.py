@@ -24,9 +24,9 @@ SM90 = HEADER.replace("sm_100a", "sm_90a")
 def gemm_warpgroup(left_in_registers: bool = False) -> str:
     """out[groups, 64, 64] f32 = A @ B.T over the K tiles of each group.
 
-    Parameters: tensor maps A, B ([rows, K] float16); out; groups; K tiles of 64 per group. Block 160: warps 0 to 3
-    multiply, warp 4 loads. With the left operand in registers they load its fragments from shared memory and
-    double them.
+    Parameters: tensor maps A, B ([rows, K] float16); out; groups; K tiles of 64 per group. Block 160: warps 0
+    to 3 multiply, warp 4 loads. With the left operand in registers they load its fragments from shared memory
+    and double them.
     """
     newline = "\n"
     steps, fragments = [], []
@@ -64,8 +64,7 @@ def gemm_warpgroup(left_in_registers: bool = False) -> str:
         for i in range(0, 32, 2)
     )
     barriers = "\n".join(
-        f"    mbarrier.init.shared::cta.b64 [%smem + {8 * i}], 1; // @init_{'full' if i < STAGES else 'empty'}"
-        for i in range(2 * STAGES)
+        f"    mbarrier.init.shared::cta.b64 [%smem + {8 * i}], 1;" for i in range(2 * STAGES)
     )
     return f"""{SM90}
 .visible .entry gemm(.param .align 64 .b8 map_a[128], .param .align 64 .b8 map_b[128], .param .u64 out,
@@ -226,13 +225,14 @@ class WarpgroupProblem:
 def single_wgmma(
     n: int, k: int, a_kind: str, b_kind: str, flags: str, left: bool, accumulate: bool = False
 ) -> str:
-    """One wgmma by one warpgroup. Threads copy `image` (bytes of both operands as they lie) into shared memory,
-    take A's registers from `a` when `left`, C from `c` when accumulating, and store D's registers in `out`.
+    """One wgmma by one warpgroup. Threads copy `image` (bytes of both operands as they lie) into shared
+    memory, take A's registers from `a` when `left`, C from `c` when accumulating, and store D's in `out`.
 
-    Parameters: out, image, image bytes, a, c, descriptors of A and B (the image begins at offset 1024 of the CTA).
+    Parameters: out, image, image bytes, a, c, descriptors of A and B (the image begins at offset 1024 of the
+    CTA).
     """
     count = n // 2
-    d_regs = f"{{{regs('c', count)}}}"
+    d_regs, left_operand = f"{{{regs('c', count)}}}", f"{{{regs('a', 4)}}}" if left else "%q"
     load_c = (
         "\n".join(f"    ld.global.f32 %c{i}, [%qc + {4 * i}];" for i in range(count)) if accumulate else ""
     )
@@ -275,7 +275,7 @@ copy:
     ld.param.u64 %qb, [bdesc];
     setp.eq.s32 %more, 0, {0 if accumulate else 1};
     wgmma.fence.sync.aligned; // @fence
-    {MMA}.m64n{n}k{k}.f32.{a_kind}.{b_kind} {d_regs}, {"{%a0, %a1, %a2, %a3}" if left else "%q"}, %qb, %more, {flags};
+    {MMA}.m64n{n}k{k}.f32.{a_kind}.{b_kind} {d_regs}, {left_operand}, %qb, %more, {flags};
     wgmma.commit_group.sync.aligned; // @commit
     wgmma.wait_group.sync.aligned 0; // @wait
 {store_d}

@@ -177,8 +177,8 @@ class Warpgroup:
         elif op.form is not form or op.operands != operands:
             raise Fault(
                 f"the warps of a warpgroup must execute the same wgmma.mma_async: another warp's was at PTX "
-                f"line {op.form.line} with (A, B descriptor, scale-d) {_show(op.operands)}, this one is at line "
-                f"{form.line} with {_show(operands)}"
+                f"line {op.form.line} with (A, B descriptor, scale-d) {_show(op.operands)}, this one is at "
+                f"line {form.line} with {_show(operands)}"
             )
         w.wgmma.number += 1
         return op
@@ -283,8 +283,8 @@ class WarpState:
         for register, value in zip(form.a_registers, a):
             if type(value) is InFlight:
                 raise Fault(
-                    f"the left operand {self._name(register)} is an accumulator of the wgmma.mma_async at PTX "
-                    f"line {value.op.form.line}, which is in flight"
+                    f"the left operand {self._name(register)} is an accumulator of the wgmma.mma_async at "
+                    f"PTX line {value.op.form.line}, which is in flight"
                 )
         before = self.accumulator(form, d, operands[2])
         op = group.operation(w, form, operands)
