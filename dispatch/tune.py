@@ -33,6 +33,8 @@ from dispatch.model import top_k_of
 from dispatch.precompile import Compilers, Job
 from dispatch.timing import Timing
 
+#: Of a shape's time, what compiling ahead may take: checks and races take a fraction of a second per kernel.
+COMPILE_SHARE = 0.7
 #: With fewer kernels to compile, starting processes for that takes longer.
 FEW_JOBS = 4
 #: Samples of a tactic, each over all input sets.
@@ -367,7 +369,7 @@ class _Tuner:
         self._precompile([p for p in (point, *same) if self.again or not self._known(p)], len(waiting) + 1, bar)
 
     def _precompile(self, points: Sequence[Point], points_left: int, bar: Any) -> None:
-        """Compile what is likely to be raced at the points of one shape, in at most half of their share of the time."""
+        """Compile what is likely to be raced at the points of one shape, in most of their share of the time."""
         known = store.measured_for(self.info)
         jobs: dict[Job, None] = {}
         for point in points:
@@ -376,7 +378,9 @@ class _Tuner:
                     jobs[point.problem, tactic] = None
         if len(jobs) < FEW_JOBS or self.compilers.count(list(jobs)) < 2:
             return
-        deadline = time.monotonic() + 0.5 * self._seconds_left() * len(points) / points_left
+        deadline = time.monotonic() + COMPILE_SHARE * self._seconds_left() * len(points) / points_left
+        if self.worker is None:
+            self.worker = WorkerProcess()  # it imports what it needs meanwhile
         with self._phase("compile"):
             self.compilers.compile(
                 list(jobs), deadline, lambda done: bar.set_postfix_str(f"compiled {done}/{len(jobs)}")
