@@ -9,6 +9,7 @@ from backends.interface import Fc2Backend
 # backend's optional packages cost nothing, and break nothing, until that backend is asked for.
 _BUILTIN = {
     "cute": "backends.cute.backend:CuteBackend",
+    "hopper": "backends.hopper.backend:HopperBackend",
     "triton": "backends.triton.backend:TritonBackend",
     "torch": "backends.torch_baseline:TorchBackend",
 }

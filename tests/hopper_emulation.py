@@ -64,12 +64,12 @@ def run(
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha=alpha.contiguous(),
-        gathered=gathered(a, counts, token_of, config.experts), counts=counts, token_of=token_of, weight_of=weight_of, out=out,
+        w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, config.experts), counts=counts,
+        token_of=token_of, weight_of=weight_of, out=out,
     )  # fmt: skip
     pointers = [
         make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
-        for (kind, align), tensor in zip(compiler.pointers(config), tensors.values())
+        for (kind, align), tensor in zip(compiler.kernel_of(config).pointers, tensors.values())
     ]
     report = emulate(compiled(config), *pointers, cutlass.Int32(m), cutlass.Int32(n), 0, buffers=tensors, **options)
     assert_meets_bar(out, *reference(a, b, alpha))

@@ -19,7 +19,7 @@ KEY = "sm_100a-x86_64-test"
 @pytest.fixture(autouse=True)
 def toolchain(monkeypatch) -> None:
     """Keys do not need the DSL installed."""
-    monkeypatch.setattr(cache, "_toolchain", lambda: {"sources": "s", "nvidia-cutlass-dsl": "4.8.1"})
+    monkeypatch.setattr(cache, "_toolchain", lambda _: {"sources": "s", "nvidia-cutlass-dsl": "4.8.1"})
 
 
 def test_key_names_all_that_matters(monkeypatch) -> None:
@@ -36,7 +36,7 @@ def test_key_names_all_that_matters(monkeypatch) -> None:
             other = replace(CuteTactic(), **{field.name: changed})
             others.append(cache.kernel_key(other, "bfloat16", "sm_100a", "x86_64"))
     for toolchain in ({"sources": "t", "nvidia-cutlass-dsl": "4.8.1"}, {"sources": "s", "nvidia-cutlass-dsl": "4.9.0"}):
-        monkeypatch.setattr(cache, "_toolchain", lambda toolchain=toolchain: toolchain)
+        monkeypatch.setattr(cache, "_toolchain", lambda _, toolchain=toolchain: toolchain)
         others.append(cache.kernel_key(CuteTactic(), "bfloat16", "sm_100a", "x86_64"))
     assert len({base, *others}) == 1 + len(others)
 
@@ -49,9 +49,8 @@ def test_division_of_the_work_shares_one_kernel() -> None:
 def test_toolchain_reads_every_source(monkeypatch) -> None:
     monkeypatch.undo()
     pytest.importorskip("cutlass")
-    assert set(cache._toolchain()) == {"sources", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base"}
-    for name in cache._SOURCES:
-        assert (Path(cache.__file__).parent / name).is_file()
+    assert set(cache._toolchain(cache._SOURCES)) == {"sources", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base"}
+    assert all(path.is_file() for path in cache._SOURCES)
 
 
 def test_round_trip(tmp_path) -> None:

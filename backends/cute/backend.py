@@ -61,7 +61,8 @@ class CuteBackend(Fc2Backend):
 
     def compile(self, problem: Fc2Problem, tactic: CuteTactic) -> None:
         """Load the kernel from disk, or compile it and keep it there."""
-        from backends.cute.compiler import Launcher, compile_object
+        from backends.cute.compiler import ARGUMENTS, compile_object
+        from backends.cute.launcher import Launcher
 
         identity = _kernel_id(problem, tactic)
         with self._compiling:
@@ -72,7 +73,7 @@ class CuteBackend(Fc2Backend):
                 cache.kernel_key(kernel, out_dtype, arch), lambda: compile_object(kernel, out_dtype, arch)
             )
             self._reserve_graph_counters()
-            self._launchers[identity] = Launcher.load(path)
+            self._launchers[identity] = Launcher.load(path, ARGUMENTS)
 
     def run(
         self, problem: Fc2Problem, tactic: CuteTactic, a: Nvfp4Tensor, b: Nvfp4Tensor, alpha: torch.Tensor,

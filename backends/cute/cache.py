@@ -24,8 +24,7 @@ from backends.cute.budget import CuteTactic
 
 _MAGIC = b"fc2-cute"
 _SEAL_BYTES = len(_MAGIC) + 32
-#: Every file whose text decides what is compiled.
-_SOURCES = ("kernel.py", "budget.py", "compiler.py")
+_SOURCES = tuple(Path(__file__).parent / name for name in ("kernel.py", "budget.py", "compiler.py", "launcher.py"))
 #: Distributions whose version decides what is compiled.
 _COMPILERS = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base")
 
@@ -37,22 +36,29 @@ def default_directory() -> Path:
 
 
 @functools.lru_cache(maxsize=None)
-def _toolchain() -> dict[str, str]:
-    sources = hashlib.sha256()
-    for name in _SOURCES:
-        sources.update((Path(__file__).parent / name).read_bytes())
-    return {"sources": sources.hexdigest(), **{name: metadata.version(name) for name in _COMPILERS}}
+def _toolchain(sources: tuple[Path, ...]) -> dict[str, str]:
+    content = hashlib.sha256()
+    for path in sources:
+        content.update(path.read_bytes())
+    return {"sources": content.hexdigest(), **{name: metadata.version(name) for name in _COMPILERS}}
+
+
+def object_key(stem: str, fields: dict[str, object], sources: tuple[Path, ...]) -> str:
+    """A file name's stem: readable, and a hash of all that decides the object's bytes.
+
+    Args:
+        fields: of the kernel's configuration and target.
+        sources: every file whose text decides what is compiled.
+    """
+    text = json.dumps(fields | _toolchain(sources), sort_keys=True)
+    return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
 def kernel_key(tactic: CuteTactic, out_dtype: str, arch: str, machine: str = platform.machine()) -> str:
-    """The file name's stem: readable fields, and a hash of all that decides the object's bytes.
-
-    split_k is a run-time argument of the kernel and is left out.
-    """
+    """The `object_key` of an SM100 kernel. split_k is a run-time argument of it and is left out."""
     fields = {k: v for k, v in tactic.to_json().items() if k != "split_k"}
-    fields |= {"out_dtype": out_dtype, "arch": arch, "machine": machine, **_toolchain()}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return f"{arch}-{machine}-{describe(tactic)}-{out_dtype}-{digest[:24]}"
+    fields |= {"out_dtype": out_dtype, "arch": arch, "machine": machine}
+    return object_key(f"{arch}-{machine}-{describe(tactic)}-{out_dtype}", fields, _SOURCES)
 
 
 def describe(tactic: CuteTactic) -> str:

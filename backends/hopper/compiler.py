@@ -2,29 +2,45 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import cutlass
 import cutlass.cute as cute
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 
-from backends.cute.launcher import HOST_TARGETS
-from backends.hopper.stream import OUT_TYPES, StreamKernel
+from backends.cute import cache
+from backends.cute.launcher import HOST_TARGETS, SYMBOL, Launcher
+from backends.hopper.dense import DenseKernel
+from backends.hopper.dense_plan import DenseKernelTile
+from backends.hopper.stream import StreamKernel
 from backends.hopper.stream_plan import StreamConfig
 
 ARCH = "sm_90a"
-#: Prefix of the symbols in an object file.
-SYMBOL = "fc2"
+_SOURCES = tuple(
+    Path(__file__).parent / name
+    for name in ("stream.py", "stream_plan.py", "dense.py", "dense_plan.py", "dense_ptx.py", "instructions.py", "compiler.py")
+)
 
 
-def pointers(config: StreamConfig) -> list[tuple[type, int]]:
-    """Type and alignment in bytes of each pointer of `StreamKernel.__call__`."""
-    byte, word, real = (cutlass.Uint8, 16), (cutlass.Int32, 4), (cutlass.Float32, 4)
-    return [byte, byte, byte, byte, real, byte, word, (cutlass.Int32, 16), (cutlass.Float32, 16), (OUT_TYPES[config.out_dtype], 2)]
+def kernel_of(config: StreamConfig | DenseKernelTile) -> StreamKernel | DenseKernel:
+    return StreamKernel(config) if isinstance(config, StreamConfig) else DenseKernel(config)
 
 
-def compile_kernel(config: StreamConfig, machine: str = platform.machine(), options: str = ""):
+def compile_kernel(config: StreamConfig | DenseKernelTile, machine: str = platform.machine(), options: str = ""):
     """The DSL's compiled function; needs no GPU and takes about a second."""
-    arguments = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in pointers(config)]
+    kernel = kernel_of(config)
+    pointers = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in kernel.pointers]
+    sizes = [cutlass.Int32(0)] * kernel.INTEGERS
     options = f"--gpu-arch {ARCH} --host-target {HOST_TARGETS[machine]} {options}"
-    sizes = [cutlass.Int32(0)] * 2
-    return cute.compile(StreamKernel(config), *arguments, *sizes, make_fake_stream(), options=options)
+    return cute.compile(kernel, *pointers, *sizes, make_fake_stream(), options=options)
+
+
+def load(config: StreamConfig | DenseKernelTile) -> Launcher:
+    """The kernel from disk, or compiled and kept there."""
+    kernel = kernel_of(config)
+    fields = {"kernel": type(kernel).__name__, "config": repr(config), "arch": ARCH, "machine": platform.machine()}
+    key = cache.object_key(f"{ARCH}-{type(kernel).__name__}", fields, _SOURCES)
+    path = cache.KernelCache(cache.default_directory()).find_or_make(
+        key, lambda: compile_kernel(config).dump_to_object(SYMBOL)
+    )
+    return Launcher.load(path, len(kernel.pointers) + kernel.INTEGERS + 1)

@@ -39,7 +39,7 @@ class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
     #: Types and alignments in bytes of the pointers of `__call__`.
-    POINTERS = (
+    pointers = (
         (cutlass.Float16, 16), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16), (cutlass.Int32, 4),
         (cutlass.Float32, 16),
     )  # fmt: skip
@@ -97,6 +97,7 @@ class DenseKernel:
             cluster=(CLUSTER, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -105,6 +106,8 @@ class DenseKernel:
         counts: cute.Pointer, parts: cute.Pointer, tokens: cutlass.Int32, experts: cutlass.Int32,
         blocks: cutlass.Int32, expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
     ):
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         pairs = cutlass.Int32(0)
         for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):

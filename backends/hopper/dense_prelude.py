@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from backends.hopper.dense_plan import DenseTiling
-from backends.triton.plan import _decode_pair, is_dense
+from backends.triton.plan import decode_pair, is_dense, wait_for_predecessor
 
 
 @triton.jit(do_not_specialize=["tokens", "columns"])
@@ -17,38 +17,48 @@ def decode_activations(
 ):  # fmt: skip
     """Activations as float16, 2^-8 of the values, laid out as the warpgroup instruction reads them in shared memory.
 
+    A thread makes the 16 bytes that it stores; the words it takes them from come from the L1 four times.
+
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
         acts: int32 [K/64, columns, 8, 4]: the eight 16-byte units of a token's 64 values, unit u at place u ^ (token % 8)
             (128-byte swizzle). Unit u holds at its lane t the values u % 4 and u % 4 + 4 of word 2t + u / 4, the order in
             which prepared weights come apart. Zero past the last token.
     """
+    wait_for_predecessor()
     if not is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, True):
         return
     K: tl.constexpr = EXPERTS * INNER
-    chunk = tl.program_id(0)
-    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = m.to(tl.int64)[:, None]
-    word = tl.arange(0, 32)[None, :]  # quarter 4, lane t 4, word of the lane 2
-    inside = (m < tokens)[:, None] & (word >= 0)
-    code = tl.load(a_data + row * (K // 8) + chunk * 32 + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    block = chunk * 16 + word // 2
-    if A_SWIZZLED:
-        where = ((row // 128) * (K // 64) + block // 4) * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
-    else:
-        where = row * (K // 16) + block
-    byte = tl.load(a_scale + where, mask=inside, other=0).to(tl.uint16)
-    unit = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True) * 16384.0
-    unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
-    even = tl.join(_decode_pair(code, unit, 0), _decode_pair(code, unit, 2))
-    odd = tl.join(_decode_pair(code, unit, 1), _decode_pair(code, unit, 3))
-    values = tl.reshape(tl.join(even, odd), (BLOCK, 4, 4, 2, 4))  # token, quarter, t, w, pair
-    values = tl.reshape(tl.permute(values, (0, 1, 3, 4, 2)), (BLOCK, 4, 8, 4))  # token, quarter, unit, t
-    place = tl.arange(0, 8)[None, :] ^ (m % 8)[:, None]
-    line = (chunk * 4 + tl.arange(0, 4)).to(tl.int64)[None, :] * columns + m[:, None]
-    target = line[:, :, None, None] * 32 + place[:, None, :, None] * 4 + tl.arange(0, 4)[None, None, None, :]
-    stored = (m < columns)[:, None, None, None] & (target >= 0)
-    tl.store(acts + target, values.to(tl.int32, bitcast=True), mask=stored)
+    m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    place = tl.arange(0, 8)[None, :]
+    unit = place ^ (m % 8)
+    inside = (m < tokens) & (place >= 0)
+    row = m.to(tl.int64)
+    for q in tl.static_range(4):
+        quarter = tl.program_id(0) * 4 + q
+        if A_SWIZZLED:
+            where = ((row // 128) * (K // 64) + quarter) * 512 + (row % 32) * 16 + (row % 128 // 32) * 4
+        else:
+            where = row * (K // 16) + quarter * 4
+        scales = tl.load((a_scale + where + place * 0).to(tl.pointer_type(tl.int32), bitcast=True), mask=inside, other=0)
+        words = a_data + row * (K // 8) + quarter * 8 + unit // 4
+        x0 = _decode(words, scales, unit, inside, 0)
+        x1 = _decode(words, scales, unit, inside, 1)
+        x2 = _decode(words, scales, unit, inside, 2)
+        x3 = _decode(words, scales, unit, inside, 3)
+        four = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (BLOCK, 8, 4))
+        target = (quarter.to(tl.int64) * columns + row) * 32 + place * 4
+        stored = (m < columns)[:, :, None] & (tl.arange(0, 4) >= 0)[None, None, :]
+        tl.store(acts + target[:, :, None] + tl.arange(0, 4)[None, None, :], four.to(tl.int32, bitcast=True), mask=stored)
+
+
+@triton.jit
+def _decode(words, scales, unit, inside, LANE: tl.constexpr):
+    code = tl.load(words + 2 * LANE, mask=inside, other=0).to(tl.uint32, bitcast=True) >> (unit % 4 * 4).to(tl.uint32)
+    byte = (scales >> (8 * LANE)) & 0xFF
+    factor = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.uint16).to(tl.float16, bitcast=True) * 16384.0
+    factor = tl.where((byte & 0x7F) == 0x7F, float("nan"), factor).to(tl.float16)
+    return decode_pair(code, factor, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "hidden", "chunks", "row_tiles", "clusters", "whole", "streamed", "slots"])
@@ -61,6 +71,7 @@ def add_parts(
     Args:
         parts: float32 [whole + streamed * slots, TOKENS, ROWS]; `dense_plan.DenseTiling` names the integers.
     """
+    wait_for_predecessor()
     if not is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, True):
         return
     column = tl.program_id(0) * 128
@@ -96,11 +107,11 @@ def launch_decode(
         counts: int32 [experts], nonzeros of alpha.
         acts: at least `tiling.acts_bytes` bytes, int32, aligned to 128.
     """
-    block = 16
+    block = 64  # divides every tile
     decode_activations[(tiling.chunks, tiling.columns // block)](
         a_data, a_scale, counts, acts, tokens, tiling.columns,
         EXPERTS=experts, EXPERTS_PADDED=_power_of_two(experts), INNER=tiling.chunks * 256 // experts,
-        A_SWIZZLED=a_swizzled, BLOCK=block, num_warps=4,
+        A_SWIZZLED=a_swizzled, BLOCK=block, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -114,7 +125,7 @@ def launch_finish(
         parts, counts, out, tokens, hidden, tiling.chunks, tiling.row_tiles, tiling.clusters, tiling.whole,
         tiling.streamed, tiling.slots,
         EXPERTS=experts, EXPERTS_PADDED=_power_of_two(experts), TOKENS=tiling.kernel.tokens, ROWS=tiling.kernel.rows,
-        BLOCK=block, num_warps=4,
+        BLOCK=block, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

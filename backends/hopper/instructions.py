@@ -75,14 +75,6 @@ def store4(address: Int32, values: tuple) -> None:
     ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values))
 
 
-def load_packed_if(wanted: Boolean, codes: Int64, scale: Int64) -> tuple:
-    """Two words of e2m1 codes and one scale byte of global memory; zeros where not wanted."""
-    return ptx(
-        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; @$3 ld.global.nc.v2.b32 {$0, $1}, [$4]; @$3 ld.global.nc.u8 $2, [$5];",
-        (Int32,) * 3, (wanted, codes, scale),
-    )  # fmt: skip
-
-
 def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32) -> None:
     """Start a copy of `size` bytes from global to shared memory, which arrives at `barrier` with its bytes."""
     ptx(
@@ -113,24 +105,6 @@ def decode_weights(word: Int32, scales: tuple[Int32, Int32]) -> tuple:
         mul.f16x2 $0, $0, $5; mul.f16x2 $1, $1, $6; mul.f16x2 $2, $2, $5; mul.f16x2 $3, $3, $6; }}""",
         (Int32,) * 4, (word, *scales),
     )  # fmt: skip
-
-
-def decode_activations(words: tuple[Int32, Int32], scale: Int32) -> tuple:
-    """The right operand's registers b0, b1 of four steps, from 16 e2m1 codes and their e4m3 byte. A NaN byte gives NaN."""
-    code = [
-        "{ .reg .pred n; .reg .b32 s, x, y;",
-        "and.b32 s, $10, 0x7F; setp.eq.u32 n, s, 0x7F; mul.lo.u32 s, s, 0x00800080;",
-        "and.b32 x, $10, 0x80; mul.lo.u32 x, x, 0x01000100; or.b32 s, s, x;",
-        # Codes in place read 2^-14 of their value, the byte in place 2^-8: 2^14 leaves 2^-8 together.
-        "mov.b32 y, 0x74007400; mul.f16x2 s, s, y; selp.b32 s, 0x7E007E00, s, n;",
-    ]
-    for i in range(8):
-        word, left = 8 + i // 4, 12 - 4 * (i % 4)
-        code.append(f"shl.b32 x, ${word}, {left};")
-        code.append(f"shl.b32 y, ${word}, {left - 3};" if left else f"shr.u32 y, ${word}, 3;")
-        code.append("and.b32 x, x, 0x80008000; and.b32 y, y, 0x0E000E00; or.b32 x, x, y;")
-        code.append(f"mul.f16x2 ${i}, x, s;")
-    return ptx(" ".join(code) + " }", (Int32,) * 8, (*words, scale))
 
 
 def multiply(acc: tuple, left: tuple, right: tuple) -> tuple:

@@ -5,9 +5,9 @@
 A CTA owns 32 or 64 rows of B. It walks the items, an expert's 256 values of K each, in ascending order, and keeps
 float32 sums of all tokens in shared memory: there are no partial sums to add up afterwards. Three roles:
 
-- the loader (last warp) copies prepared weights into a ring of stages, some 100 KB ahead;
-- helpers gather the activations of an item's tokens, decode them to float16 and lay them out in the order of the tensor
-  core's right operand, eight tokens to a slot of a second ring;
+- the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
+- the one before it copies gathered activations, in the order of the tensor core's right operand, eight tokens to a slot of
+  a second ring;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
@@ -23,28 +23,33 @@ from backends.hopper.stream_plan import (
     BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, CHUNK, GROUP, HEADER_BYTES, SLOT_BYTES, StreamConfig,
 )  # fmt: skip
 
-OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
+_OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
 FULL = 0xFFFFFFFF
 
 
 class StreamKernel:
     """One instance per compiled kernel; the tokens and the hidden size are run-time arguments."""
 
+    #: Integers of `__call__`.
+    INTEGERS = 2
+
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
-        self.out_type = OUT_TYPES[config.out_dtype]
+        self.out_type = _OUT_TYPES[config.out_dtype]
         self.offset = config.offsets()
         self.barrier = config.barriers
         self.row_bytes = config.rows * 4
+        #: Types and alignments in bytes of the pointers of `__call__`.
+        self.pointers = (
+            (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Int32, 4), (cutlass.Int32, 16),
+            (cutlass.Float32, 16), (self.out_type, 2),
+        )  # fmt: skip
 
     @cute.jit
     def __call__(
         self,
-        a_data: cute.Pointer,
-        a_scale: cute.Pointer,
         w_data: cute.Pointer,
         w_scale: cute.Pointer,
-        alpha: cute.Pointer,
         gathered: cute.Pointer,
         counts: cute.Pointer,
         token_of: cute.Pointer,
@@ -57,26 +62,23 @@ class StreamKernel:
         """Launch on `stream`.
 
         Args:
-            a_data, a_scale: uint8, e2m1 [tokens, K/2] and its scale factors.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
-            alpha: float32 [tokens, E].
-            gathered, counts, token_of, weight_of: of `backends/triton/plan.py`; unused where not `gathered`.
+            gathered, counts, token_of, weight_of: of `backends/triton/plan.py`.
             out: [tokens, hidden].
         """
-        self.kernel(a_data, a_scale, w_data, w_scale, alpha, gathered, counts, token_of, weight_of, out, tokens, hidden).launch(
+        self.kernel(w_data, w_scale, gathered, counts, token_of, weight_of, out, tokens, hidden).launch(
             grid=(cute.ceil_div(hidden, self.config.rows), 1, 1),
             block=(self.config.threads, 1, 1),
             smem=self.offset["end"],
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=self.config.gathered,
+            use_pdl=True,
         )
 
     @cute.kernel
     def kernel(
-        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
-        alpha: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer,
-        weight_of: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32,
+        self, w_data: cute.Pointer, w_scale: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer,
+        token_of: cute.Pointer, weight_of: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -90,30 +92,21 @@ class StreamKernel:
         zero = Float32(0.0)
         for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
-        if cutlass.const_expr(config.gathered):
-            cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
-        else:
-            self._mark_tokens(smem, alpha, tokens, thread)
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
         cute.arch.sync_threads()
         if warp == 0:
-            self._list_experts(smem, counts, tokens, lane)
+            self._list_experts(smem, counts, lane)
         cute.arch.sync_threads()
         used, groups, pairs, _ = ins.load4(smem + self.offset["totals"])
-        mine = Boolean(True)
-        if cutlass.const_expr(config.has_dense):
-            mine = pairs * 4 <= tokens * config.experts
-        if mine:
+        if pairs * 4 <= tokens * config.experts:
             if warp < config.consumers:
                 self.consume(smem, barriers, used, warp, lane)
-            elif warp < config.consumers + config.helpers:
-                if cutlass.const_expr(config.gathered):
-                    if lane == 0:
-                        self.fetch(smem, barriers, groups, gathered, token_of, weight_of, tokens)
-                else:
-                    self.gather(smem, barriers, groups, warp - config.consumers, lane, a_data, a_scale, alpha)
             elif lane == 0:
-                self.load(smem, barriers, used, w_data, w_scale, hidden)
+                if warp == config.consumers:
+                    self.fetch(smem, barriers, groups, gathered, token_of, weight_of, tokens)
+                else:
+                    self.load(smem, barriers, used, w_data, w_scale, hidden)
             cute.arch.sync_threads()
             self._store(smem, out, tokens, hidden, warp, lane)
 
@@ -131,27 +124,14 @@ class StreamKernel:
             cute.arch.mbarrier_init_fence()
 
     @cute.jit
-    def _mark_tokens(self, smem: Int32, alpha: cute.Pointer, tokens: Int32, thread: Int32):
-        """Per expert, a word with a bit for every token that selected it."""
-        for expert in cutlass.range(thread, self.config.experts, self.config.threads, unroll=1):
-            mask = Int32(0)
-            for row in cutlass.range(tokens, unroll=8):
-                if cute.arch.load(alpha + row * self.config.experts + expert, Float32) != 0.0:
-                    mask = mask | (Int32(1) << row)
-            ins.store1(smem + self.offset["masks"] + expert * 4, mask)
-
-    @cute.jit
-    def _list_experts(self, smem: Int32, counts: cute.Pointer, tokens: Int32, lane: Int32):
+    def _list_experts(self, smem: Int32, counts: cute.Pointer, lane: Int32):
         """The table of selected experts, (expert, tokens << 16; groups of the experts before), and its totals."""
         experts = self.config.experts
         used, groups, pairs = Int32(0), Int32(0), Int32(0)
         for first in cutlass.range(0, experts, 32, unroll=1):
             count = Int32(0)
             if first + lane < experts:
-                if cutlass.const_expr(self.config.gathered):
-                    count = cute.arch.load(counts + first + lane, Int32)
-                else:
-                    count = cute.arch.popc(ins.load1(smem + self.offset["masks"] + (first + lane) * 4))
+                count = cute.arch.load(counts + first + lane, Int32)
             # Both sums of 32 experts in one scan: at most 512 tokens each.
             own = (count << 16) | ((count + GROUP - 1) // GROUP)
             scan = own
@@ -226,78 +206,6 @@ class StreamKernel:
             ins.copy_bulk(header, Int64(token_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
             ins.copy_bulk(header + 32, Int64(weight_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
             group += 1
-
-    @cute.jit
-    def gather(
-        self, smem: Int32, barriers: cute.Pointer, groups: Int32, helper: Int32, lane: Int32, a_data: cute.Pointer,
-        a_scale: cute.Pointer, alpha: cute.Pointer,
-    ):  # fmt: skip
-        """Every `helpers`-th slot: list its tokens, fetch their codes, decode them.
-
-        A half-warp takes one token at a time; lane 4q + t of it takes the 16 values of quarter q and lane t of the
-        matrix instruction. A slot is [quarter 4][word 2][token 8][t 4] pieces of 16 bytes, as in `plan.gather_tokens`.
-        """
-        config = self.config
-        k = config.experts * config.chunks * CHUNK
-        quarter, t, half = lane % 16 // 4, lane % 4, lane // 16
-        codes = Int64(a_data.toint()) + quarter * 32 + t * 8
-        scales = Int64(a_scale.toint())
-        if cutlass.const_expr(config.a_swizzled):
-            scales += quarter * 512 + t
-        else:
-            scales += quarter * 4 + t
-        entry, chunk, group = Int32(0), Int32(0), helper
-        packed = ins.load1(smem + self.offset["table"])
-        members = packed >> 16
-        for slot in cutlass.range(helper, groups * config.chunks, config.helpers, unroll=1):
-            while group * GROUP >= members:
-                group -= (members + GROUP - 1) // GROUP
-                chunk += 1
-                if chunk == config.chunks:
-                    chunk = Int32(0)
-                    entry += 1
-                    packed = ins.load1(smem + self.offset["table"] + entry * 8)
-                    members = packed >> 16
-            expert = packed & 0xFFFF
-            place, turn = slot % config.slots, slot // config.slots
-            if turn > 0:
-                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
-            here = members - group * GROUP
-            header = smem + self.offset["headers"] + place * HEADER_BYTES
-            mask = ins.load1(smem + self.offset["masks"] + expert * 4)
-            rank = cute.arch.popc(mask & ((Int32(1) << lane) - 1)) - group * GROUP
-            listed = (((mask >> lane) & 1) == 1) & (rank >= 0) & (rank < GROUP)
-            weight = Float32(0.0)
-            if listed:
-                ins.store1(header + rank * 4, lane)
-                weight = cute.arch.load(alpha + lane * config.experts + expert, Float32)
-            if (lane >= here) & (lane < GROUP):
-                ins.store1(header + lane * 4, Int32(-1))
-                ins.store1(header + 32 + lane * 4, Float32(0.0))
-            cute.arch.sync_warp()
-            block = expert * (config.chunks * 4) + chunk * 4  # of 64 values of K
-            fetched = []
-            for i in cutlass.range_constexpr(4):
-                token = ins.load1(header + (2 * i + half) * 4)
-                row = Int64(token)
-                if cutlass.const_expr(config.a_swizzled):
-                    at = (row // 128 * (k // 64) + block) * 512 + token % 32 * 16 + token % 128 // 32 * 4
-                else:
-                    at = row * (k // 16) + block * 4
-                fetched.append(ins.load_packed_if(token >= 0, codes + row * (k // 2) + block * 32, scales + at))
-            if listed:
-                ins.store1(header + 32 + rank * 4, weight)
-            for i in cutlass.range_constexpr(4):
-                if 2 * i < here:
-                    token = 2 * i + half
-                    values = ins.decode_activations(fetched[i][:2], fetched[i][2])
-                    target = smem + self.offset["activations"] + place * SLOT_BYTES + quarter * 1024 + token * 64 + t * 16
-                    ins.store4(target, values[:4])
-                    ins.store4(target + 512, values[4:])
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_full", place))
-            group += config.helpers
 
     @cute.jit
     def consume(self, smem: Int32, barriers: cute.Pointer, used: Int32, warp: Int32, lane: Int32):

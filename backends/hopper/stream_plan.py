@@ -9,8 +9,6 @@ CHUNK, BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 256, 32, 4096, 512
 GROUP, SLOT_BYTES, HEADER_BYTES = 8, 4096, 64
 #: Shared memory of a CTA on SM 9.0.
 SMEM_BYTES = 227 * 1024
-#: Most tokens whose use of an expert is kept as the bits of one word, so that the kernel needs no lists.
-MASK_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -20,29 +18,20 @@ class StreamConfig:
     Attributes:
         rows: of B per CTA, 32 or 64.
         phases: items in work at once, each by one warp per 32 rows.
-        helpers: warps that gather and decode activations; 1 where they are `gathered` already.
         stages: items of weights in shared memory.
-        slots: groups of 8 tokens of activations in shared memory; a multiple of `helpers`.
+        slots: groups of 8 tokens of activations in shared memory.
         tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
         experts, chunks: E, and I / 256.
-        gathered: tokens and activations were listed and gathered by the kernels of `backends/triton/plan.py`; else this
-            kernel does so from alpha and A, for at most `MASK_TOKENS` tokens.
-        has_dense: return at once where alpha is dense, since another kernel takes the call.
-        a_swizzled: A's scale factors are in the "128x4" layout, else linear.
         out_dtype: "bfloat16", "float16" or "float32".
     """
 
     rows: int
     phases: int
-    helpers: int
     stages: int
     slots: int
     tokens: int
     experts: int
     chunks: int
-    gathered: bool
-    has_dense: bool
-    a_swizzled: bool
     out_dtype: str
 
     @property
@@ -55,7 +44,7 @@ class StreamConfig:
 
     @property
     def threads(self) -> int:
-        return 32 * (self.consumers + self.helpers + 1)
+        return 32 * (self.consumers + 2)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -81,7 +70,6 @@ class StreamConfig:
             "barriers": 8 * self.barriers["end"],
             "totals": 16,
             "table": self.experts * 8,
-            "masks": 0 if self.gathered else self.experts * 4,
         }
         return _running(sizes)
 

@@ -18,7 +18,7 @@ def is_dense(counts, tokens, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr
 
 
 @triton.jit
-def _decode_pair(word, unit, PAIR: tl.constexpr):
+def decode_pair(word, unit, PAIR: tl.constexpr):
     """Values PAIR and PAIR + 4 of a word of 8 codes, times the scale factor, as two float16 in 32 bits."""
     low = (word >> (4 * PAIR)) & 15
     high = (word >> (4 * PAIR + 16)) & 15
@@ -29,7 +29,7 @@ def _decode_pair(word, unit, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _wait_for_predecessor():
+def wait_for_predecessor():
     """Lets the next kernel of the stream be launched now, and waits until the one before is complete (SM 9.0)."""
     tl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
@@ -50,7 +50,7 @@ def list_tokens(
         alpha_t: float32 [EXPERTS, columns], alpha transposed, then zeros.
     """
     if OVERLAP:
-        _wait_for_predecessor()
+        wait_for_predecessor()
     e = tl.program_id(0)
     row_of = e.to(tl.int64) * ((tokens + 15) // 16 * 16)
     count = 0
@@ -83,7 +83,7 @@ def gather_tokens(
             2^-8 of the values, in the order of the right operand; padding tokens are not written.
     """
     if OVERLAP:
-        _wait_for_predecessor()
+        wait_for_predecessor()
     if is_dense(counts, tokens, EXPERTS, EXPERTS_PADDED, HAS_DENSE):
         return
     e = tl.program_id(0)
@@ -111,8 +111,8 @@ def gather_tokens(
             unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
             eight = (row_of + slot[:, None]) // 8 * (INNER // 256) + chunk
             target = eight * 1024 + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
-            even = tl.join(_decode_pair(code, unit, 0), _decode_pair(code, unit, 2))
-            odd = tl.join(_decode_pair(code, unit, 1), _decode_pair(code, unit, 3))
+            even = tl.join(decode_pair(code, unit, 0), decode_pair(code, unit, 2))
+            odd = tl.join(decode_pair(code, unit, 1), decode_pair(code, unit, 3))
             four = tl.reshape(tl.join(even, odd), (ROWS, 32, 4)).to(tl.int32, bitcast=True)
             tl.store(gathered + target[:, :, None] + tl.arange(0, 4)[None, None, :], four, mask=present[:, :, None])
 
@@ -131,7 +131,7 @@ def finish(
         parts: of the dense kernel, float32 [tiles, SLOTS, TOKENS, DENSE_ROWS].
     """
     if OVERLAP:
-        _wait_for_predecessor()
+        wait_for_predecessor()
     n = tl.arange(0, 64)
     column = tl.program_id(0)
     m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,0 +1,112 @@
+"""`HopperBackend`: launches on SM 9.0; the kernels are in the other modules of this package."""
+from __future__ import annotations
+
+import importlib.util
+import threading
+from dataclasses import replace
+
+import torch
+
+from backends.cute.backend import dsl_support
+from backends.device import DeviceInfo
+from backends.hopper import tactic as rules
+from backends.hopper.dense_plan import DenseKernelTile
+from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.tactic import CAPABILITY, PASS_TOKENS, HopperTactic
+from backends.interface import SUPPORTED, Fc2Backend, Operand, Support
+from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
+from backends.problem import Fc2Problem
+from backends.triton import layout
+from backends.triton.tactic import PREPARED
+
+
+class HopperBackend(Fc2Backend):
+    """CuTe DSL kernels for SM 9.0, on weights that the "triton" backend's order suits as well.
+
+    A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
+    (`dense.py`); both are launched, and the one whose turn it is not returns at once, so that alpha never travels to the
+    host. Small Triton kernels list, gather and decode the activations first.
+    """
+
+    name = "hopper"
+    tactic_type = HopperTactic
+
+    def __init__(self) -> None:
+        self._launchers: dict[StreamConfig | DenseKernelTile, object] = {}
+        self._loading = threading.Lock()
+        # What has run at least once: (device, everything that selects a compiled kernel).
+        self._compiled: set[tuple] = set()
+
+    def is_supported(self, device: DeviceInfo) -> Support:
+        if device.type != "cuda" or device.capability != CAPABILITY:
+            return Support(False, f"the kernels use the warpgroup MMA of SM 9.0; this device is {device.arch}")
+        if importlib.util.find_spec("triton") is None:
+            return Support(False, "triton, which gathers the activations, is not installed; pip install 'triton>=3.6'")
+        return dsl_support()
+
+    def can_implement(self, problem: Fc2Problem, tactic: HopperTactic) -> Support:
+        return rules.can_implement(problem, tactic)
+
+    def tactics(self, problem: Fc2Problem) -> list[HopperTactic]:
+        return rules.tactics(problem)
+
+    def default_tactic(self, problem: Fc2Problem) -> HopperTactic:
+        return rules.default_tactic(problem)
+
+    def is_compiled(self, problem: Fc2Problem, tactic: HopperTactic) -> bool:
+        return _kernel_key(problem, tactic) in self._compiled
+
+    def compile(self, problem: Fc2Problem, tactic: HopperTactic) -> None:
+        """Load or compile the kernels, by running the problem once on operands of zeros."""
+        device = torch.device(problem.device_type)
+        data = torch.zeros((problem.m, problem.k // 2), dtype=torch.uint8, device=device)
+        scale = torch.zeros(scale_shape(problem.m, problem.k, problem.a_layout), dtype=torch.uint8, device=device)
+        alpha = torch.zeros((problem.m, problem.experts), dtype=torch.float32, device=device)
+        out = torch.empty((problem.m, problem.n), dtype=problem.out_dtype, device=device)
+        b = layout.zeros(problem.n, problem.k, device)
+        self.run(problem, tactic, Nvfp4Tensor(data, scale, problem.a_layout), b, alpha, out)
+
+    def run(
+        self, problem: Fc2Problem, tactic: HopperTactic, a: Nvfp4Tensor, b: PreparedOperand, alpha: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        from backends.hopper import launch  # needs triton
+
+        with torch.cuda.device(out.device):
+            for first in range(0, problem.m, PASS_TOKENS):
+                rows = slice(first, first + PASS_TOKENS)  # a multiple of 128, so the swizzled scale factors split here too
+                part = replace(problem, m=min(PASS_TOKENS, problem.m - first))
+                config = rules.stream_config(part, tactic, part.m)
+                launch.run(part, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
+        self._compiled.add(_kernel_key(problem, tactic))
+
+    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
+        """B in the order of the fast kernels; b itself where K is not a multiple of 256.
+
+        Raises:
+            ValueError: b has negative scale factors, or `in_place` and N is not a multiple of 128.
+        """
+        return b if b.shape[1] % layout.CHUNK else layout.prepare(b, in_place)
+
+    def prepared_layout(self, problem: Fc2Problem) -> str:
+        fast = replace(problem, b_layout=PREPARED)
+        return PREPARED if self.can_implement(fast, self.default_tactic(fast)) else ""
+
+    def unprepare(self, b: Operand) -> Nvfp4Tensor:
+        if isinstance(b, PreparedOperand) and b.layout == PREPARED:
+            return layout.unprepare(b)
+        return super().unprepare(b)
+
+    def _launcher(self, config: StreamConfig | DenseKernelTile):
+        """The kernel, from memory, from disk, or compiled and kept there."""
+        if config not in self._launchers:
+            from backends.hopper import compiler
+
+            with self._loading:
+                if config not in self._launchers:
+                    self._launchers[config] = compiler.load(config)
+        return self._launchers[config]
+
+
+def _kernel_key(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
+    return (torch.cuda.current_device(), *rules.specialization(problem, tactic))

@@ -1,0 +1,66 @@
+"""The launches of one pass on SM 9.0. Scratch memory comes from torch's allocator."""
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+
+from backends.hopper import dense_prelude
+from backends.hopper.dense_plan import dense_tiling
+from backends.hopper.stream_plan import StreamConfig
+from backends.operand import PreparedOperand, round_up
+from backends.problem import Fc2Problem
+from backends.triton.plan import gather_tokens, list_tokens
+
+
+def run(
+    problem: Fc2Problem,
+    config: StreamConfig,
+    launcher: Callable,
+    a_data: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: PreparedOperand,
+    alpha: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Enqueue one pass: list, gather, stream, decode, multiply, add. Each kernel is launched while the one before it
+    runs (programmatic dependent launch) and waits for it before it touches memory.
+
+    Args:
+        launcher: the compiled kernel of a configuration.
+    """
+    tokens, experts, inner = problem.m, problem.experts, problem.intermediate
+    device = out.device
+    swizzled = problem.a_layout == "128x4"
+    padded = 1 << (experts - 1).bit_length()
+    wide = round_up(tokens, 16)
+    tiling = dense_tiling(tokens, problem.n, problem.k)
+    counts = torch.empty(experts, dtype=torch.int32, device=device)
+    token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
+    weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
+    alpha_t = torch.empty((experts, tiling.columns), dtype=torch.float32, device=device)
+    # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
+    acts = torch.empty(max(wide * problem.k, tiling.acts_bytes // 2), dtype=torch.float16, device=device)
+    parts = torch.empty(tiling.parts_floats, dtype=torch.float32, device=device)
+    words = a_data.view(torch.int32)
+    stream = torch.cuda.current_stream(device).cuda_stream
+
+    list_tokens[(experts,)](
+        alpha, counts, token_of, weight_of, alpha_t, tokens, tiling.columns,
+        EXPERTS=experts, BLOCK=128, OVERLAP=True, num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    gather_tokens[(experts, min(4, -(-tokens // 8)))](
+        words, a_scale, counts, token_of, acts.view(torch.int32), tokens,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=True, OVERLAP=True,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    launcher(config)(
+        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(),
+        weight_of.data_ptr(), out.data_ptr(), tokens, problem.n, stream,
+    )  # fmt: skip
+    dense_prelude.launch_decode(tiling, experts, words, a_scale, swizzled, counts, acts.view(torch.int32), tokens)
+    launcher(tiling.kernel)(
+        acts.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(), parts.data_ptr(),
+        *tiling.integers(tokens, problem.n, experts, problem.k), stream,
+    )  # fmt: skip
+    dense_prelude.launch_finish(tiling, experts, parts, counts, out)

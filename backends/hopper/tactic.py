@@ -1,0 +1,101 @@
+"""Tactics of the Hopper backend and the rules they obey; pure values, no cutlass and no triton import."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from backends.hopper.dense_plan import DenseTiling, dense_tiling
+from backends.hopper.stream_plan import SMEM_BYTES, StreamConfig
+from backends.interface import SUPPORTED, Support
+from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
+from backends.tactic import Tactic
+from backends.triton.tactic import CHUNK, PREPARED
+
+CAPABILITY = (9, 0)
+#: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
+PASS_TOKENS = 512
+# Numbers of tokens that streaming kernels are compiled for: fewer tokens leave more room for weights in flight.
+_CAPACITIES = (64, 128, 256, 384, 512)
+# More gained nothing (H200, 2026-11-23).
+_MAX_STAGES = 16
+#: The table of selected experts holds an expert in 16 bits.
+_MAX_EXPERTS = 1 << 15
+
+
+@dataclass(frozen=True)
+class HopperTactic(Tactic):
+    """How the streaming kernel runs; the dense one follows from the problem (`dense_plan.dense_tiling`).
+
+    Attributes:
+        rows: of B per CTA, 32 or 64.
+        phases: items (an expert's 256 values of K) in work at once, each by one warp per 32 rows.
+        slots: groups of 8 tokens of activations in shared memory. Weights take what is left, up to 16 stages.
+    """
+
+    backend = "hopper"
+    rows: int = 64
+    phases: int = 4
+    slots: int = 12
+
+
+def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
+    """Whether the tactic computes the problem correctly; the first broken rule is the reason."""
+    if problem.b_layout != PREPARED:
+        return Support(False, f"it reads weights from prepare(b), and b has layout {problem.b_layout!r}")
+    if problem.device_type != "cuda" or problem.capability != CAPABILITY:
+        return Support(False, "its kernels are machine code for SM 9.0 (H100, H200)")
+    if problem.k % problem.experts or problem.intermediate % CHUNK:
+        return Support(False, f"K / E = {problem.k}/{problem.experts} is not a multiple of {CHUNK}")
+    if problem.out_dtype not in OUT_DTYPES.values():
+        return Support(False, f"out_dtype {problem.out_dtype} is not one of {', '.join(OUT_DTYPES)}")
+    if problem.experts > _MAX_EXPERTS:
+        return Support(False, f"E is {problem.experts}; the table of experts takes up to {_MAX_EXPERTS}")
+    if tactic.rows not in (32, 64):
+        return Support(False, f"rows is {tactic.rows}; it takes 32 or 64")
+    if not 1 <= tactic.phases <= 8 or tactic.rows * tactic.phases > 256:
+        return Support(False, f"phases is {tactic.phases}; {tactic.rows} rows take 1 to {min(8, 256 // tactic.rows)}")
+    if not 4 <= tactic.slots <= 16:
+        return Support(False, f"slots is {tactic.slots}; it takes 4 to 16")
+    if stream_config(problem, tactic, min(problem.m, PASS_TOKENS)) is None:
+        return Support(False, f"shared memory ({SMEM_BYTES} bytes) does not hold the sums, {tactic.slots} slots and {tactic.phases} stages")
+    return SUPPORTED
+
+
+def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> StreamConfig | None:
+    """The streaming kernel for a pass of that many tokens; None where shared memory is too small."""
+    capacity = next(c for c in _CAPACITIES if c >= tokens)
+    # With fewer stages than phases a consumer would wait for a barrier two turns ahead, which it cannot tell from none.
+    for stages in range(_MAX_STAGES, tactic.phases - 1, -1):
+        config = StreamConfig(
+            tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
+            problem.intermediate // CHUNK, dtype_name(problem.out_dtype),
+        )  # fmt: skip
+        if config.offsets()["end"] <= SMEM_BYTES:
+            return config
+    return None
+
+
+def passes(problem: Fc2Problem) -> list[int]:
+    """The different numbers of tokens of the passes that make up a call."""
+    last = problem.m % PASS_TOKENS
+    return [PASS_TOKENS] * (problem.m >= PASS_TOKENS) + [last] * (last > 0)
+
+
+def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
+    """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
+    configs: set[StreamConfig | DenseTiling | None] = set()
+    for tokens in passes(problem):
+        configs |= {stream_config(problem, tactic, tokens), dense_tiling(tokens, problem.n, problem.k).kernel}
+    return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
+
+
+def default_tactic(problem: Fc2Problem) -> HopperTactic:
+    """64 rows a CTA, or 32 where that would leave half of a chip's 132 multiprocessors without work."""
+    return HopperTactic() if problem.n > 66 * 64 else HopperTactic(rows=32, phases=8)
+
+
+def tactics(problem: Fc2Problem) -> list[HopperTactic]:
+    """The default and its neighbours, those that can be implemented, without repetition."""
+    base = default_tactic(problem)
+    grid = [base, HopperTactic(), HopperTactic(slots=8), HopperTactic(32, 8, 12), HopperTactic(32, 8, 8)]
+    grid.append(replace(base, slots=16))
+    return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
