@@ -2,7 +2,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from backends.triton.fragments import barrier, decode_activations, load1, load4, multiply1
+from backends.triton.fragments import barrier, decode_activations, load1, load4, multiply1, reinterpret
 
 
 @gluon.jit
@@ -91,30 +91,23 @@ def fc2_few(
             ahead = ahead + (_fetch(selected, step, steps, weights, tokens_of, zero, CHUNKS, scale_step, BLOCKS),)
         stages = ahead
 
-    # Partial sums of the warps are added in a fixed order: [4 * GROUPS warps, 32 lanes, 8 * BLOCKS accumulators].
-    blocks = ()
+    # Partial sums of the warps are added in order, [8 * BLOCKS accumulators, 4 * GROUPS warps, 32 lanes].
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 4 * GROUPS, 1], [1, 1, 32], [4 * GROUPS, 1, 1], [2, 1, 0])
+    RESULT: gl.constexpr = gl.SliceLayout(1, SPREAD)
+    buffer = gl.allocate_shared_memory(gl.float32, [8 * BLOCKS, THREADS], LINES)
     for block in gl.static_range(BLOCKS):
-        low, high = total[block]
-        blocks = blocks + (gl.join(_joined(low), _joined(high)),)  # [THREADS, i // 2, i % 2, half]
-    if BLOCKS == 1:
-        parts = blocks[0]
-    else:
-        parts = gl.join(blocks[0], blocks[1])
-    sums = gl.sum(gl.reshape(parts, [4 * GROUPS, 32, 8 * BLOCKS]), 0) * 65536.0
-    RESULT: gl.constexpr = sums.type.layout
-    lane = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(1, RESULT)), 1)
-    i = gl.expand_dims(gl.arange(0, 8 * BLOCKS, layout=gl.SliceLayout(0, RESULT)), 0)
-    block = i % BLOCKS
-    half = i // BLOCKS % 2
-    n = program * (32 * BLOCKS) + block * 32 + half * 16 + i // (4 * BLOCKS) * 8 + lane // 4
-    m = 2 * (lane % 4) + i // (2 * BLOCKS) % 2
+        for half in gl.static_range(2):
+            for i in gl.static_range(4):
+                buffer.index(8 * block + 4 * half + i).store(total[block][half][i])
+    parts = reinterpret(buffer, gl.float32, [8 * BLOCKS, 4 * GROUPS, 32], CUBE).load(SPREAD)
+    sums = gl.sum(parts, 1) * 65536.0
+    i = gl.expand_dims(gl.arange(0, 8 * BLOCKS, layout=gl.SliceLayout(1, RESULT)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, RESULT)), 0)
+    n = program * (32 * BLOCKS) + (i // 4) * 16 + ((i % 4) // 2) * 8 + lane // 4
+    m = 2 * (lane % 4) + i % 2
     gl.store(out + m * hidden + n, sums.to(out.dtype.element_ty), mask=(m < tokens) & (n < hidden))
-
-
-@gluon.jit
-def _joined(four):
-    """[THREADS, 2, 2] of four tensors of one element per thread."""
-    return gl.join(gl.join(four[0], four[2]), gl.join(four[1], four[3]))
 
 
 @gluon.jit
