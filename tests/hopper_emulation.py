@@ -53,13 +53,13 @@ def gathered(a, counts: torch.Tensor, token_of: torch.Tensor, experts: int) -> t
 
 
 def run(
-    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, layout_a: str = "128x4", **options
+    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, emulator_seed: int = 0, **options
 ) -> tuple[torch.Tensor, Report]:
     """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
     k = config.experts * config.chunks * 256
     if isinstance(alpha, str):
         alpha = make_alpha(alpha, m, config.experts, torch.Generator().manual_seed(seed + 1))
-    a, b = make_operands(m, n, k, seed, layout_a)
+    a, b = make_operands(m, n, k, seed)
     prepared = layout.prepare(b)
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     counts, token_of, weight_of = lists(alpha)
@@ -71,6 +71,6 @@ def run(
         make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
         for (kind, align), tensor in zip(compiler.kernel_of(config).pointers, tensors.values())
     ]
-    report = emulate(compiled(config), *pointers, cutlass.Int32(m), cutlass.Int32(n), 0, buffers=tensors, **options)
+    report = emulate(compiled(config), *pointers, cutlass.Int32(m), cutlass.Int32(n), 0, buffers=tensors, seed=emulator_seed, **options)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report

@@ -46,7 +46,8 @@ def load4(address: Int32) -> tuple:
 
 def load4_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
     """As `load4` where `wanted`, else `old`."""
-    return ptx("@$4 ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];", (Int32,) * 4, (wanted, address, *old), tied=4)
+    kind = type(old[0])
+    return ptx("@$4 ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];", (kind,) * 4, (wanted, address, *old), tied=4)
 
 
 def load2(address: Int32, dtype: type = Int32) -> tuple:
@@ -69,6 +70,10 @@ def store1(address: Int32, value) -> None:
 
 def store2(address: Int32, values: tuple) -> None:
     ptx("st.shared.v2.b32 [$0], {$1, $2};", (), (address, *values))
+
+
+def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
+    ptx("@$0 st.shared.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
 
 
 def store4(address: Int32, values: tuple) -> None:
@@ -112,14 +117,4 @@ def multiply(acc: tuple, left: tuple, right: tuple) -> tuple:
     return ptx(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$0, $1, $2, $3};",
         (Float32,) * 4, (*left, *right, *acc), tied=4,
-    )  # fmt: skip
-
-
-def add_scaled(address: Int32, weight: Float32, values: tuple) -> None:
-    """Add weight * values to four floats of shared memory."""
-    ptx(
-        """{ .reg .f32 a, b, c, d; ld.shared.v4.f32 {a, b, c, d}, [$0];
-        fma.rn.f32 a, $1, $2, a; fma.rn.f32 b, $1, $3, b; fma.rn.f32 c, $1, $4, c; fma.rn.f32 d, $1, $5, d;
-        st.shared.v4.f32 [$0], {a, b, c, d}; }""",
-        (), (address, weight, *values),
     )  # fmt: skip

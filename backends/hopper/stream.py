@@ -292,18 +292,25 @@ class StreamKernel:
         for i in cutlass.range_constexpr(width):
             if (lane == 0) & (i < left):
                 cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]))
-        if (first == 0) & (item > 0):
-            turn = self._barrier(barriers, "turn", before_me)
-            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)
         base = smem + self.offset["sums"] + block * 128
+        targets, old = [], []
         for i in cutlass.range_constexpr(width):
-            low, high = sums[i]
             for j in cutlass.range_constexpr(2):
                 token = tokens[i][j]
                 # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
-                at = base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))
-                if token >= 0:
-                    ins.add_scaled(at, weights[i][j], (low[j], low[2 + j], high[j], high[2 + j]))
+                targets.append((token >= 0, base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))))
+        if (first == 0) & (item > 0):
+            turn = self._barrier(barriers, "turn", before_me)
+            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)
+        # The other consumers wait for this: all loads first, then all additions.
+        for wanted, at in targets:
+            old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))
+        for i in cutlass.range_constexpr(width):
+            low, high = sums[i]
+            for j in cutlass.range_constexpr(2):
+                wanted, at = targets[2 * i + j]
+                added = zip(old[2 * i + j], (low[j], low[2 + j], high[j], high[2 + j]))
+                ins.store4_if(wanted, at, tuple(x + weights[i][j] * y for x, y in added))
 
     @cute.jit
     def _store(self, smem: Int32, out: cute.Pointer, tokens: Int32, hidden: Int32, warp: Int32, lane: Int32):

@@ -1,0 +1,96 @@
+"""The streaming kernel for SM 9.0 on the emulator: race checks on, and the elementwise float64 bar."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+pytest.importorskip("triton")
+
+from backends.hopper.stream_plan import SMEM_BYTES, StreamConfig
+from backends.hopper.tactic import HopperTactic, stream_config, tactics
+from backends.problem import Fc2Problem
+from tests import hopper_emulation as emulation
+
+SMALL = StreamConfig(rows=64, phases=2, stages=3, slots=4, tokens=64, experts=5, chunks=1, out_dtype="bfloat16")
+
+
+def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Alpha of both signs, a quarter of it nonzero: the most that this kernel takes."""
+    values = torch.randn((m, experts), generator=generator)
+    kept = torch.rand(m * experts, generator=generator).argsort()[: m * experts // 4]
+    used = torch.zeros(m * experts)
+    used[kept] = 1
+    return values * used.view(m, experts)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
+@pytest.mark.parametrize(
+    ("config", "m", "n"),
+    [
+        (SMALL, 1, 64),
+        (SMALL, 7, 100),
+        (replace(SMALL, out_dtype="float32"), 64, 72),
+        (replace(SMALL, phases=4, stages=5, slots=6, experts=6, out_dtype="float16"), 33, 192),
+        (replace(SMALL, rows=32, phases=3, stages=4, experts=9, chunks=2), 40, 70),
+        (replace(SMALL, rows=32, phases=8, stages=8, slots=5, tokens=128, experts=3), 129 - 1, 40),
+    ],
+    ids=lambda value: f"{value.rows}x{value.phases}" if isinstance(value, StreamConfig) else None,
+)
+def test_quarter_of_alpha(config, m, n, schedule) -> None:
+    alpha = quarter(m, config.experts, torch.Generator().manual_seed(m))
+    emulation.run(config, m, n, alpha, seed=m, schedule=schedule)
+
+
+@pytest.mark.parametrize("kind", ["zero", "one_hot", "one_expert"])
+def test_alpha_forms(kind) -> None:
+    """One expert for 64 tokens takes twice as many slots as there are."""
+    emulation.run(replace(SMALL, experts=6), 64, 96, kind, schedule="lazy")
+
+
+def test_one_expert_of_many_tokens() -> None:
+    config = replace(SMALL, tokens=256, experts=4, chunks=2)
+    alpha = torch.zeros(200, 4)
+    alpha[:, 2] = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    emulation.run(config, 200, 64, alpha, schedule="random")
+
+
+def test_nothing_is_written_where_alpha_is_dense() -> None:
+    with pytest.raises(AssertionError, match="got nan"):
+        emulation.run(SMALL, 8, 64, "dense")
+
+
+def test_schedules_agree_bit_for_bit() -> None:
+    config = replace(SMALL, phases=4, stages=4, experts=12, out_dtype="float32")
+    alpha = quarter(48, 12, torch.Generator().manual_seed(5))
+    runs = [("eager", 0), ("lazy", 0), *(("random", seed) for seed in range(6))]
+    first, *others = (
+        emulation.run(config, 48, 80, alpha, schedule=schedule, seed=3, **({"emulator_seed": seed}))[0] for schedule, seed in runs
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_division_of_the_work_changes_no_bit() -> None:
+    """Sums grow in the order of the experts, whatever the rings and however many consumers."""
+    alpha = quarter(40, 8, torch.Generator().manual_seed(9))
+    config = replace(SMALL, experts=8, out_dtype="float32")
+    variants = [config, replace(config, phases=4, stages=6, slots=9), replace(config, rows=32, phases=5, stages=5)]
+    first, *others = (emulation.run(v, 40, 64, alpha, seed=1)[0] for v in variants)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("m", [1, 64, 65, 200, 384, 512])
+def test_tactics_fit_shared_memory(m) -> None:
+    problem = Fc2Problem(m, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+    assert tactics(problem)
+    for tactic in tactics(problem):
+        config = stream_config(problem, tactic, m)
+        assert config.tokens >= m and config.stages >= config.phases
+        assert config.offsets()["end"] <= SMEM_BYTES
+
+
+def test_too_many_phases_for_shared_memory() -> None:
+    problem = Fc2Problem(512, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+    assert stream_config(problem, HopperTactic(slots=16), 512) is None
