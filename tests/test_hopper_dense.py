@@ -51,8 +51,11 @@ def _segments(tiling: DenseTiling, cluster: int):
         begin = stop
 
 
-@pytest.mark.parametrize("kernel", dense_plan._KERNELS.values())
-def test_shared_memory_fits(kernel):
+@pytest.mark.parametrize("tokens", range(16, 513, 16))
+def test_tiles_cover_the_tokens_and_shared_memory_fits(tokens):
+    kernel = dense_plan.kernel_tile(tokens)
+    assert kernel.tokens % 16 == 0 and dense_plan.kernel_tile(tokens - 15) == kernel
+    assert 0 <= dense_tiling(tokens, 7168, 65536).columns - tokens < 16 * -(-tokens // 128)
     weights = kernel.weight_chunks * (kernel.cta_rows * CHUNK * 9 // 16 + 4 * kernel.tokens)
     activations = kernel.act_chunks * CHUNK * kernel.tokens * 2
     barriers = 16 * (kernel.weight_chunks + 4 * kernel.act_chunks)
@@ -85,7 +88,7 @@ def _compiled(kernel: DenseKernelTile):
     from tests.emulator import compile_target
 
     instance = DenseKernel(kernel)
-    pointers = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in instance.POINTERS]
+    pointers = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in instance.pointers]
     integers = [cutlass.Int32(0)] * instance.INTEGERS
     with compile_target("sm_90a"):
         return instance, cute.compile(instance, *pointers, *integers, make_fake_stream())
@@ -112,7 +115,7 @@ def _emulate(tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, **opti
     instance, function = _compiled(tile)
     pointers = [
         make_ptr(t, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
-        for (t, align), tensor in zip(instance.POINTERS, buffers.values())
+        for (t, align), tensor in zip(instance.pointers, buffers.values())
     ]
     integers = tiling.integers(tokens, hidden, experts, k)
     assert len(integers) == instance.INTEGERS
@@ -129,7 +132,7 @@ def _emulate(tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, **opti
 @pytest.mark.parametrize(
     "m, n, experts, inner, clusters, kind",
     [(40, 500, 2, 512, 3, "dense"), (130, 300, 3, 256, 3, "dense"), (128, 192, 1, 256, 66, "dense"),
-     (33, 1000, 3, 256, 2, "ragged")],
+     (64, 260, 2, 256, 3, "dense"), (190, 260, 2, 256, 2, "dense"), (33, 1000, 3, 256, 2, "ragged")],
 )  # fmt: skip
 def test_meets_the_bar(monkeypatch, m, n, experts, inner, clusters, kind, schedule):
     monkeypatch.setattr(dense_plan, "CLUSTERS", clusters)

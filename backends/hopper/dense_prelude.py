@@ -107,8 +107,8 @@ def launch_decode(
         counts: int32 [experts], nonzeros of alpha.
         acts: at least `tiling.acts_bytes` bytes, int32, aligned to 128.
     """
-    block = 64  # divides every tile
-    decode_activations[(tiling.chunks, tiling.columns // block)](
+    block = 64
+    decode_activations[(tiling.chunks, -(-tiling.columns // block))](
         a_data, a_scale, counts, acts, tokens, tiling.columns,
         EXPERTS=experts, EXPERTS_PADDED=_power_of_two(experts), INNER=tiling.chunks * 256 // experts,
         A_SWIZZLED=a_swizzled, BLOCK=block, num_warps=4, launch_pdl=True,
