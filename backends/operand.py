@@ -212,12 +212,12 @@ class Nvfp4Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PreparedOperand:
-    """An operand permuted by one backend's `prepare` into the order its kernel reads fastest.
+    """An operand permuted by a backend's `prepare` into the order its kernels read fastest.
 
-    Only that backend can read it; its `unprepare` gives the `Nvfp4Tensor` back, exactly.
+    Only backends that know that order can read it; `unprepare` of one gives the `Nvfp4Tensor` back, exactly.
 
     Attributes:
-        backend: name of the backend that made it.
+        backend: name of the backend whose order it is.
         form: that backend's name for the arrangement.
         shape: logical (rows, K).
         data, scale: uint8, arranged as `form` says.

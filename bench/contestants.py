@@ -71,11 +71,10 @@ def line_up(
     """
     tactics: list[Tactic] = []
     absent: list[Absent] = []
-    owner = problem.b_layout.partition("/")[0] if "/" in problem.b_layout else ""
     chosen = bool(options.pins or options.tactics)
     for name in options.backends:
         backend = registry.get(name)
-        if not backend.is_supported(device) or (owner and owner != name):
+        if not backend.is_supported(device) or _prefers_other_weights(backend, problem):
             continue
         if options.tactics:
             found = [t for t in options.tactics if t.backend == name and backend.can_implement(problem, t)]
@@ -91,6 +90,13 @@ def line_up(
     if favourite is not None and favourite.backend in options.backends and favourite not in tactics and not chosen:
         tactics.append(favourite)
     return [Contestant(tactic, problem.b_layout, tactic == favourite) for tactic in tactics], absent
+
+
+def _prefers_other_weights(backend: Fc2Backend, problem: Fc2Problem) -> bool:
+    """Whether a backend that cannot read this form of the weights takes part with another one."""
+    if backend.can_implement(problem, backend.default_tactic(problem)):
+        return False
+    return "/" in problem.b_layout or bool(backend.prepared_layout(problem))
 
 
 def _usual(backend: Fc2Backend, problem: Fc2Problem) -> tuple[list[Tactic], str]:

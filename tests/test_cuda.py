@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 SHAPES = [
     # m, n, experts, inner
-    *((m, 256, 4, 128) for m in (1, 8, 127, 128, 129, 160, 192, 200, 255, 256, 257, 384)),
+    *((m, 320, 5, 256) for m in (1, 7, 8, 9, 40, 127, 128, 129, 160, 192, 200, 255, 256, 257, 384, 512, 700)),
     (5, 192, 17, 16),
     (64, 8000, 3, 48),
     (129, 7168, 8, 256),
@@ -68,7 +68,7 @@ def test_meets_the_bar_and_repeats(m, n, experts, inner, layout, name):
 @pytest.mark.parametrize("name", running_backends())
 @pytest.mark.parametrize("kind", ALPHA_KINDS)
 def test_every_alpha(kind, name):
-    a, b, alpha = operands(40, 512, 16, 64, kind)
+    a, b, alpha = operands(40, 512, 16, 256, kind)
     for weights in forms(a, b, alpha, name):
         out = dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32)
         assert_meets_bar(out, *reference(a, b, alpha))
@@ -76,14 +76,14 @@ def test_every_alpha(kind, name):
 
 @pytest.mark.parametrize("name", running_backends())
 def test_replayed_graph_follows_its_inputs(name):
-    a, b, alpha = operands(24, 512, 8, 128, "dense")
+    a, b, alpha = operands(24, 512, 8, 256, "dense")
     for weights in forms(a, b, alpha, name):
         out = dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             dispatch.fc2(a, weights, alpha, name, out_dtype=torch.float32, out=out)
         for seed, kind in enumerate(ALPHA_KINDS):
-            fresh, _ = make_operands(24, 8, 8 * 128, seed=seed, device="cuda")
+            fresh, _ = make_operands(24, 8, 8 * 256, seed=seed, device="cuda")
             a.data.copy_(fresh.data)
             a.scale.copy_(fresh.scale)
             alpha.copy_(make_alpha(kind, 24, 8, torch.Generator().manual_seed(seed)))
@@ -95,15 +95,18 @@ def test_replayed_graph_follows_its_inputs(name):
 @pytest.mark.parametrize("name", running_backends())
 def test_two_streams_at_once(name):
     """Calls on different streams share no scratch memory."""
-    first, second = (operands(m, 2048, 32, 64, "dense") for m in (32, 48))
-    expected = [dispatch.fc2(*x, name, out_dtype=torch.float32) for x in (first, second)]
+    calls = []
+    for m in (32, 48):
+        a, b, alpha = operands(m, 2048, 32, 256, "top_k" if m == 32 else "dense")
+        calls.append((a, forms(a, b, alpha, name)[-1], alpha, name))
+    expected = [dispatch.fc2(*call, out_dtype=torch.float32) for call in calls]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     results: list[list[torch.Tensor]] = [[], []]
     for _ in range(20):
-        for i, x in enumerate((first, second)):
+        for i, call in enumerate(calls):
             with torch.cuda.stream(streams[i]):
-                results[i].append(dispatch.fc2(*x, name, out_dtype=torch.float32))
+                results[i].append(dispatch.fc2(*call, out_dtype=torch.float32))
     torch.cuda.synchronize()
     for i in range(2):
         assert all(torch.equal(result, expected[i]) for result in results[i])
@@ -115,7 +118,7 @@ def test_compile_fullgraph(name):
     def layer(a, b, alpha):
         return dispatch.fc2(a, b, alpha * 2, name, out_dtype=torch.float32) + 1
 
-    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    a, b, alpha = operands(24, 256, 8, 256, "top_k")
     exact, magnitude = reference(a, b, alpha * 2)
     assert_meets_bar(layer(a, forms(a, b, alpha, name)[-1], alpha) - 1, exact, magnitude + 2.0**-6)
 
@@ -139,13 +142,14 @@ def test_an_uncompiled_kernel_is_refused_during_a_capture():
     name = running_backends()[0]
     if name == "torch":
         pytest.skip("no backend here compiles anything")
-    a, b, alpha = operands(24, 256, 8, 64, "top_k")
+    a, b, alpha = operands(24, 256, 8, 256, "top_k")
+    b = forms(a, b, alpha, name)[-1]
     backend = type(backends.get(name))()  # nothing compiled yet
     backend_name = "fresh"
     backend.name = backend_name
     dispatch.register(backend)
     try:
-        problem = Fc2Problem(24, 256, 512, 8, capability=DeviceInfo.of("cuda").capability)
+        problem = Fc2Problem(24, 256, 2048, 8, b_layout=b.layout, capability=DeviceInfo.of("cuda").capability)
         assert not backend.is_compiled(problem, backend.default_tactic(problem))
         out = torch.zeros((24, 256), dtype=torch.bfloat16, device="cuda")
         graph = torch.cuda.CUDAGraph()
