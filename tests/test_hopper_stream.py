@@ -35,6 +35,7 @@ def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
         (replace(SMALL, out_dtype="float32"), 64, 72),
         (replace(SMALL, phases=4, stages=5, slots=6, experts=6, out_dtype="float16"), 33, 192),
         (replace(SMALL, rows=32, phases=3, stages=4, experts=9, chunks=2), 40, 70),
+        (replace(SMALL, tokens=384, experts=4, stages=2, slots=4), 96, 64),  # about 24 tokens an expert
         (replace(SMALL, rows=32, phases=8, stages=8, slots=5, tokens=128, experts=3), 129 - 1, 40),
     ],
     ids=lambda value: f"{value.rows}x{value.phases}" if isinstance(value, StreamConfig) else None,
@@ -58,6 +59,7 @@ def test_one_expert_of_many_tokens() -> None:
 
 
 def test_nothing_is_written_where_alpha_is_dense() -> None:
+    """The dense kernel takes that call."""
     with pytest.raises(AssertionError, match="got nan"):
         emulation.run(SMALL, 8, 64, "dense")
 

@@ -47,7 +47,7 @@ def run(
 
     list_tokens[(experts,)](
         alpha, counts, token_of, weight_of, alpha_t, tokens, tiling.columns,
-        EXPERTS=experts, BLOCK=128, OVERLAP=True, num_warps=4, launch_pdl=True,
+        EXPERTS=experts, BLOCK=max(128, 1 << (config.tokens - 1).bit_length()), OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
         words, a_scale, counts, token_of, acts.view(torch.int32), tokens,

@@ -128,26 +128,30 @@ class StreamKernel:
         """The table of selected experts, (expert, tokens << 16; groups of the experts before), and its totals."""
         experts = self.config.experts
         used, groups, pairs = Int32(0), Int32(0), Int32(0)
-        for first in cutlass.range(0, experts, 32, unroll=1):
-            count = Int32(0)
-            if first + lane < experts:
-                count = cute.arch.load(counts + first + lane, Int32)
-            # Both sums of 32 experts in one scan: at most 512 tokens each.
-            own = (count << 16) | ((count + GROUP - 1) // GROUP)
-            scan = own
-            for distance in (1, 2, 4, 8, 16):
-                below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
-                if lane >= distance:
-                    scan += below
-            ballot = cute.arch.vote_ballot_sync(count > 0)
-            if count > 0:
-                entry = used + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
-                before = groups + ((scan - own) & 0xFFFF)
-                ins.store2(smem + self.offset["table"] + entry * 8, ((first + lane) | (count << 16), before))
-            used += cute.arch.popc(ballot)
-            total = cute.arch.shuffle_sync(scan, 31)
-            groups += total & 0xFFFF
-            pairs += total >> 16
+        # Eight loads and scans at a time overlap: one after the other they took 3 us (H200, 2026-11-23).
+        for first in cutlass.range(0, experts, 8 * 32, unroll=1):
+            loaded = []
+            for i in cutlass.range_constexpr(8):
+                expert = first + 32 * i + lane
+                count = cute.arch.load(counts + cutlass.min(expert, experts - 1), Int32)
+                loaded.append((expert, count * Int32(expert < experts)))
+            for i in cutlass.range_constexpr(8):
+                expert, count = loaded[i]
+                # Both sums of 32 experts in one scan: at most 512 tokens each.
+                own = (count << 16) | ((count + GROUP - 1) // GROUP)
+                scan = own
+                for distance in (1, 2, 4, 8, 16):
+                    below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
+                    scan += below * Int32(lane >= distance)
+                ballot = cute.arch.vote_ballot_sync(count > 0)
+                if count > 0:
+                    entry = used + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
+                    before = groups + ((scan - own) & 0xFFFF)
+                    ins.store2(smem + self.offset["table"] + entry * 8, (expert | (count << 16), before))
+                used += cute.arch.popc(ballot)
+                total = cute.arch.shuffle_sync(scan, 31)
+                groups += total & 0xFFFF
+                pairs += total >> 16
         if lane == 0:
             ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
             if used == 0:
@@ -319,7 +323,7 @@ class StreamKernel:
         # Rows g, g + 8, g + 16 and g + 24 of a block lie side by side.
         piece = lane % 8 * 16
         word = ((lane // 16) * 2 + (lane // 8) % 2) * 4
-        for token in cutlass.range(warp, tokens, config.threads // 32, unroll=2):
+        for token in cutlass.range(warp, tokens, config.threads // 32, unroll=4):
             at = smem + self.offset["sums"] + token * self.row_bytes + (piece ^ ((token & 6) * 16)) + word
             for block in cutlass.range_constexpr(config.blocks):
                 column = cute.arch.block_idx()[0] * config.rows + block * BLOCK_ROWS + lane

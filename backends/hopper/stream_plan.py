@@ -7,6 +7,8 @@ from dataclasses import dataclass
 CHUNK, BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 256, 32, 4096, 512
 #: Tokens per slot of activations, the slot's bytes, and those of its list of tokens and weights.
 GROUP, SLOT_BYTES, HEADER_BYTES = 8, 4096, 64
+# Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
+_WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
 SMEM_BYTES = 227 * 1024
 
@@ -19,7 +21,7 @@ class StreamConfig:
         rows: of B per CTA, 32 or 64.
         phases: items in work at once, each by one warp per 32 rows.
         stages: items of weights in shared memory.
-        slots: groups of 8 tokens of activations in shared memory.
+        slots: groups of 8 tokens of activations in shared memory; at least 4, which one pass takes together.
         tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
         experts, chunks: E, and I / 256.
         out_dtype: "bfloat16", "float16" or "float32".
@@ -49,7 +51,7 @@ class StreamConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Groups of tokens that one pass over an item's weights can multiply; each has its own code."""
-        return tuple(w for w in (1, 2, 4) if w == 1 or w * GROUP <= self.tokens)
+        return tuple(w for w in _WIDTHS if self.tokens >= _WIDTHS[w])
 
     @property
     def ordered(self) -> bool:

@@ -1,10 +1,10 @@
 """Tactics of the Hopper backend and the rules they obey; pure values, no cutlass and no triton import."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from backends.hopper.dense_plan import DenseTiling, dense_tiling
-from backends.hopper.stream_plan import SMEM_BYTES, StreamConfig
+from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
 from backends.tactic import Tactic
@@ -17,6 +17,8 @@ PASS_TOKENS = 512
 _CAPACITIES = (64, 128, 256, 384, 512)
 # More gained nothing (H200, 2026-11-23).
 _MAX_STAGES = 16
+# Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
+_MAX_CONSUMERS = 14
 #: The table of selected experts holds an expert in 16 bits.
 _MAX_EXPERTS = 1 << 15
 
@@ -51,8 +53,9 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
         return Support(False, f"E is {problem.experts}; the table of experts takes up to {_MAX_EXPERTS}")
     if tactic.rows not in (32, 64):
         return Support(False, f"rows is {tactic.rows}; it takes 32 or 64")
-    if not 1 <= tactic.phases <= 8 or tactic.rows * tactic.phases > 256:
-        return Support(False, f"phases is {tactic.phases}; {tactic.rows} rows take 1 to {min(8, 256 // tactic.rows)}")
+    most = _MAX_CONSUMERS * BLOCK_ROWS // tactic.rows
+    if not 1 <= tactic.phases <= most:
+        return Support(False, f"phases is {tactic.phases}; {tactic.rows} rows take 1 to {most}")
     if not 4 <= tactic.slots <= 16:
         return Support(False, f"slots is {tactic.slots}; it takes 4 to 16")
     if stream_config(problem, tactic, min(problem.m, PASS_TOKENS)) is None:
@@ -89,13 +92,18 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
 
 
 def default_tactic(problem: Fc2Problem) -> HopperTactic:
-    """64 rows a CTA, or 32 where that would leave half of a chip's 132 multiprocessors without work."""
-    return HopperTactic() if problem.n > 66 * 64 else HopperTactic(rows=32, phases=8)
+    """64 rows a CTA, or 32 where that would leave half of a chip's 132 multiprocessors without work.
+
+    The rest was best for top-8 of 256 experts on an H200 (2026-11-23): more items in work at once where few tokens make
+    an item short, fewer where their activations need the shared memory.
+    """
+    if problem.n <= 66 * 64:
+        return HopperTactic(rows=32, phases=8)
+    return HopperTactic(phases=7, slots=14) if problem.m <= 128 else HopperTactic(phases=5)
 
 
 def tactics(problem: Fc2Problem) -> list[HopperTactic]:
     """The default and its neighbours, those that can be implemented, without repetition."""
     base = default_tactic(problem)
-    grid = [base, HopperTactic(), HopperTactic(slots=8), HopperTactic(32, 8, 12), HopperTactic(32, 8, 8)]
-    grid.append(replace(base, slots=16))
+    grid = [base, HopperTactic(), HopperTactic(64, 5, 12), HopperTactic(64, 7, 14), HopperTactic(32, 8, 12), HopperTactic(32, 8, 8)]
     return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
