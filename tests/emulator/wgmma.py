@@ -279,7 +279,8 @@ class WarpState:
 
     def start(self, form: Form, d: list, a: list, operands: tuple) -> list[InFlight]:
         w, group = self.w, self.w.cta.warpgroup(self.w.index // 4)
-        self.check_fence(form)
+        if w.check:
+            self.check_fence(form)
         for register, value in zip(form.a_registers, a):
             if type(value) is InFlight:
                 raise Fault(
