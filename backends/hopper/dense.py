@@ -126,16 +126,16 @@ class DenseKernel:
         smem = SmemAllocator()
         rings = Rings(
             self,
-            smem.allocate(tile.act_chunks * _SLICES * self.slice_bytes, 1024).toint(),
+            smem.allocate(tile.act_slots * self.slice_bytes, 1024).toint(),
             smem.allocate(tile.weight_chunks * self.stage_bytes, 128).toint(),
             *(
                 smem.allocate_array(cutlass.Int64, n)
-                for n in (tile.act_chunks * _SLICES,) * 2 + (tile.weight_chunks,) * 2
+                for n in (tile.act_slots,) * 2 + (tile.weight_chunks,) * 2
             ),
         )
         if warp == 0:
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(tile.act_chunks * _SLICES):
+                for i in cutlass.range_constexpr(tile.act_slots):
                     cute.arch.mbarrier_init(rings.acts_full + i, 1)
                     cute.arch.mbarrier_init(rings.acts_empty + i, CLUSTER * self.warps)
                 for i in cutlass.range_constexpr(tile.weight_chunks):
@@ -193,23 +193,19 @@ class DenseKernel:
         """One thread: this CTA's half of every slice of activations, into both CTAs."""
         policy = cutlass.Int64(_EVICT_LAST)
         half = self.slice_bytes // CLUSTER
-        stage, phase = cutlass.Int32(0), cutlass.Int32(1)
+        slot, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
             column = tile // work.row_tiles * self.tile.tokens + rank * (self.tile.tokens // CLUSTER)
-            for chunk in cutlass.range(first, last, unroll=1):
-                for q in cutlass.range_constexpr(_SLICES):
-                    slot = stage * _SLICES + q
-                    cute.arch.mbarrier_wait(rings.acts_empty + slot, phase)
-                    cute.arch.mbarrier_arrive_and_expect_tx(rings.acts_full + slot, self.slice_bytes)
-                    line = (chunk * _SLICES + q).to(cutlass.Int64) * columns + column
-                    ptx.bulk_multicast(
-                        rings.acts + slot * self.slice_bytes + rank * half, acts + line * (_SLICE_BYTES // 2), half,
-                        (rings.acts_full + slot).toint(), (1 << CLUSTER) - 1, policy,
-                    )  # fmt: skip
-                stage += 1
-                if stage == self.tile.act_chunks:
-                    stage, phase = cutlass.Int32(0), phase ^ 1
+            for k in cutlass.range(first * _SLICES, last * _SLICES, unroll=1):
+                cute.arch.mbarrier_wait(rings.acts_empty + slot, phase)
+                cute.arch.mbarrier_arrive_and_expect_tx(rings.acts_full + slot, self.slice_bytes)
+                line = k.to(cutlass.Int64) * columns + column
+                ptx.bulk_multicast(
+                    rings.acts + slot * self.slice_bytes + rank * half, acts + line * (_SLICE_BYTES // 2), half,
+                    (rings.acts_full + slot).toint(), (1 << CLUSTER) - 1, policy,
+                )  # fmt: skip
+                slot, phase = self.after(slot, phase, 1)
 
     @cute.jit
     def multiply(self, rings, parts, work, rank, cluster, warp):
@@ -223,9 +219,9 @@ class DenseKernel:
         turned = warp % 2 * 8
         descriptor = self.descriptor(rings.acts)
         total = cute.make_rmem_tensor(count, cutlass.Float32)
-        ahead = cute.make_rmem_tensor(16 * depth, cutlass.Int32)
+        ahead = cute.make_rmem_tensor(max(16 * depth, 1), cutlass.Int32)
         stage, phase = cutlass.Int32(0), cutlass.Int32(0)
-        act_stage, act_phase = cutlass.Int32(0), cutlass.Int32(0)
+        slot, act_phase = cutlass.Int32(0), cutlass.Int32(0)
         left = work.length(cluster)
         length = left
         group = warp // 4
@@ -243,21 +239,22 @@ class DenseKernel:
             tile, first, last = work.segment(cluster, segment)
             for chunk in cutlass.range(first, last, unroll=1):
                 left -= 1
-                here, slot = rings.weights + stage * self.stage_bytes, act_stage * _SLICES
+                here = rings.weights + stage * self.stage_bytes
                 factors = ptx.load_shared4(here + scales_at)
                 operands = [[ahead[16 * d + i] for i in range(16)] for d in range(depth)]
-                words, sums = None, None
+                places = [self.after(slot, act_phase, q) for q in range(_SLICES)]
+                codes, sums = ptx.load_shared4(here + words_at + 1024 * depth), None
                 for q in cutlass.range_constexpr(_SLICES):
                     if cutlass.const_expr(q >= depth):
                         if cutlass.const_expr(q > depth):
                             ptx.wait_multiply(depth)
-                            self.release(rings.acts_empty + slot + (q - depth - 1), lane)
-                        operands.append(self.decode(words, self.factors(factors[q], turned)))
-                    if cutlass.const_expr(depth <= q + 1 < _SLICES):
-                        words = ptx.load_shared4(here + words_at + 1024 * (q + 1))
+                            self.release(rings.acts_empty + places[q - depth - 1][0], lane)
+                        operands.append(self.decode(codes, self.factors(factors[q], turned)))
+                    if cutlass.const_expr(depth <= q < _SLICES - 1):
+                        codes = ptx.load_shared4(here + words_at + 1024 * (q + 1))
                     if cutlass.const_expr(q > 0):
-                        cute.arch.mbarrier_wait(rings.acts_full + slot + q, act_phase)
-                    right = descriptor + ((slot + q) * (self.slice_bytes // 16)).to(cutlass.Int64)
+                        cute.arch.mbarrier_wait(rings.acts_full + places[q][0], places[q][1])
+                    right = descriptor + (places[q][0] * (self.slice_bytes // 16)).to(cutlass.Int64)
                     sums = ptx.multiply(sums, operands[q], right, self.tile.tokens)
                     if cutlass.const_expr(self.staggered and q == 1):
                         if left == length - 1:
@@ -269,29 +266,28 @@ class DenseKernel:
                 next_stage, next_phase = stage + 1, phase
                 if next_stage == self.tile.weight_chunks:
                     next_stage, next_phase = cutlass.Int32(0), phase ^ 1
-                act_stage += 1
-                if act_stage == self.tile.act_chunks:
-                    act_stage, act_phase = cutlass.Int32(0), act_phase ^ 1
+                slot, act_phase = self.after(slot, act_phase, _SLICES)
                 following = here
                 if left > 0:
                     cute.arch.mbarrier_wait(rings.weights_full + next_stage, next_phase)
                     following = rings.weights + next_stage * self.stage_bytes
-                factors = ptx.load_shared4(following + scales_at)
+                if cutlass.const_expr(depth > 0):
+                    factors = ptx.load_shared4(following + scales_at)
                 ready = []
                 for d in cutlass.range_constexpr(depth):
-                    words = ptx.load_shared4(following + words_at + 1024 * d)
+                    codes = ptx.load_shared4(following + words_at + 1024 * d)
                     ptx.wait_multiply(depth - d)
-                    self.release(rings.acts_empty + slot + (_SLICES - 1 - depth + d), lane)
-                    ready += self.decode(words, self.factors(factors[d], turned))
+                    self.release(rings.acts_empty + places[_SLICES - 1 - depth + d][0], lane)
+                    ready += self.decode(codes, self.factors(factors[d], turned))
                 alphas = []
                 if cutlass.const_expr(depth > 1):
                     alphas = [ptx.load_shared2(here + alpha_at + 32 * j) for j in range(self.tile.tokens // 8)]
                 # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.
                 if left > 0:
-                    cute.arch.mbarrier_wait(rings.acts_full + act_stage * _SLICES, act_phase)
+                    cute.arch.mbarrier_wait(rings.acts_full + slot, act_phase)
                 sums, ready = ptx.finish_multiply(sums, ready)
                 self.keep(ahead, 0, ready)
-                self.release(rings.acts_empty + slot + _SLICES - 1, lane)
+                self.release(rings.acts_empty + places[_SLICES - 1][0], lane)
                 for j in cutlass.range_constexpr(self.tile.tokens // 8):
                     alpha = alphas[j] if depth > 1 else ptx.load_shared2(here + alpha_at + 32 * j)
                     for i in cutlass.range_constexpr(4):
@@ -301,6 +297,14 @@ class DenseKernel:
                     cute.arch.mbarrier_arrive(rings.weights_empty + stage)
                 stage, phase = next_stage, next_phase
             self.store(parts, work.part(cluster, tile), rank, warp, lane, total)
+
+    @cute.jit
+    def after(self, slot, phase, count: cutlass.Constexpr):
+        """The place in the ring of activations `count` slices on."""
+        slot += count
+        if slot >= self.tile.act_slots:
+            slot, phase = slot - self.tile.act_slots, phase ^ 1
+        return slot, phase
 
     def descriptor(self, address):
         """Of K-major slices with 128-byte swizzle: groups of 8 tokens are 1024 bytes apart."""

@@ -12,8 +12,10 @@ CLUSTER = 2
 #: Clusters of a launch: two multiprocessors of an H100 or H200 each. They decide the order of additions, hence a constant
 #: and not a property of the device.
 CLUSTERS = 66
+# Shared memory of a CTA, less room for barriers and alignment.
+_SHARED_BYTES = 226 * 1024
 # Widest token tile: a thread holds two float32 sums of each of its tokens / 2 elements in its 240 registers.
-_WIDEST = 128
+_WIDEST = 192
 
 
 class DenseKernelTile(NamedTuple):
@@ -21,7 +23,7 @@ class DenseKernelTile(NamedTuple):
 
     tokens: int  # per tile, a multiple of 16: the width of the warpgroup instruction
     groups: int  # of four warps that decode weights and multiply
-    act_chunks: int  # chunks of decoded activations in shared memory
+    act_slots: int  # slices of 64 values of K of decoded activations in shared memory
     weight_chunks: int  # chunks of weights in shared memory
     depth: int  # slices of 64 values of K being multiplied while the next is decoded
 
@@ -38,12 +40,15 @@ class DenseKernelTile(NamedTuple):
 def kernel_tile(tokens: int) -> DenseKernelTile:
     """The kernel for a pass: as few token tiles as can be, and no wider than they must.
 
-    Twice 96 tokens for 192 took 277 us, twice 128 took 332; once 96 took 149, once 128 took 179 (N = 7168, K = 65536, H200,
-    November 2026). Up to 64 tokens, sums leave registers for 256 rows a CTA, which halves the traffic of activations.
+    Twice 96 tokens for 192 took 277 us, twice 128 took 332 (N = 7168, K = 65536, H200, November 2026). Up to 64 tokens, sums
+    leave registers for 256 rows a CTA, which halves the traffic of activations.
     """
     tiles = -(-tokens // _WIDEST)
     width = -(-tokens // (16 * tiles)) * 16
-    return DenseKernelTile(width, 4, 3, 3, 1) if width <= 64 else DenseKernelTile(width, 2, 2, 4, 2)
+    if width <= 64:
+        return DenseKernelTile(width, 4, 12, 3, 1)
+    slots = (_SHARED_BYTES - 4 * (2 * GROUP_ROWS * CHUNK * 9 // 16 + 4 * width)) // (128 * width)
+    return DenseKernelTile(width, 2, min(8, slots), 4, 2 if width <= 128 else 1 if width <= 176 else 0)
 
 
 class DenseTiling(NamedTuple):
