@@ -69,7 +69,7 @@ def test_schedules_agree_bit_for_bit() -> None:
     alpha = quarter(48, 12, torch.Generator().manual_seed(5))
     runs = [("eager", 0), ("lazy", 0), *(("random", seed) for seed in range(6))]
     first, *others = (
-        emulation.run(config, 48, 80, alpha, schedule=schedule, seed=3, **({"emulator_seed": seed}))[0] for schedule, seed in runs
+        emulation.run(config, 48, 80, alpha, seed=3, schedule=schedule, emulator_seed=seed)[0] for schedule, seed in runs
     )
     assert all(torch.equal(first, other) for other in others)
 
