@@ -1,6 +1,6 @@
 """Dense alpha on SM 9.0: every expert meets every token, on the warpgroup instructions.
 
-A cluster of two CTAs takes a tile of neighbouring rows of B and up to 128 tokens, and walks K in chunks of 256:
+A cluster of two CTAs takes a tile of neighbouring rows of B and up to 192 tokens, and walks K in chunks of 256:
 
 - the activations, decoded to float16 once per call, are needed by both CTAs; each fetches half of them from the L2 and
   multicasts it to both;
@@ -125,13 +125,9 @@ class DenseKernel:
         tile = self.tile
         smem = SmemAllocator()
         rings = Rings(
-            self,
             smem.allocate(tile.act_slots * self.slice_bytes, 1024).toint(),
             smem.allocate(tile.weight_chunks * self.stage_bytes, 128).toint(),
-            *(
-                smem.allocate_array(cutlass.Int64, n)
-                for n in (tile.act_slots,) * 2 + (tile.weight_chunks,) * 2
-            ),
+            *(smem.allocate_array(cutlass.Int64, n) for n in (tile.act_slots,) * 2 + (tile.weight_chunks,) * 2),
         )
         if warp == 0:
             with cute.arch.elect_one():
@@ -209,7 +205,11 @@ class DenseKernel:
 
     @cute.jit
     def multiply(self, rings, parts, work, rank, cluster, warp):
-        """A multiplying warp: 16 rows of its group's 64, all tokens of the tile."""
+        """A multiplying warp: 16 rows of its group's 64, all tokens of the tile.
+
+        `depth` slices are being multiplied while the next one is decoded, as many as registers allow. With 0 the two
+        groups of warps take turns at the tensor cores.
+        """
         count, depth = self.tile.tokens // 2, self.tile.depth
         lane = cute.arch.lane_idx()
         # Blocks of 32 rows serve two warps; the second's scale factors lie a byte lower.
@@ -342,7 +342,6 @@ class DenseKernel:
 class Rings:
     """Shared memory addresses of the two rings, and their barriers."""
 
-    kernel: DenseKernel
     acts: cutlass.Int32
     weights: cutlass.Int32
     acts_full: cute.Pointer

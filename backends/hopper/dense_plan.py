@@ -40,8 +40,9 @@ class DenseKernelTile(NamedTuple):
 def kernel_tile(tokens: int) -> DenseKernelTile:
     """The kernel for a pass: as few token tiles as can be, and no wider than they must.
 
-    Twice 96 tokens for 192 took 277 us, twice 128 took 332 (N = 7168, K = 65536, H200, November 2026). Up to 64 tokens, sums
-    leave registers for 256 rows a CTA, which halves the traffic of activations.
+    Every token tile decodes all weights again, and its padding is multiplied like tokens: twice 96 for 192 tokens took
+    277 us, twice 128 took 332 (N = 7168, K = 65536, H200, November 2026). Up to 64 tokens, sums leave registers for 256 rows
+    a CTA, which halves the traffic of activations.
     """
     tiles = -(-tokens // _WIDEST)
     width = -(-tokens // (16 * tiles)) * 16
