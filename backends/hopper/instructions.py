@@ -1,4 +1,6 @@
-"""Single instructions and short sequences that the DSL does not offer, as inline PTX. Shared addresses are 32-bit integers.
+"""Single instructions and short sequences that the DSL does not offer, as inline PTX.
+
+Shared addresses are 32-bit integers.
 
 Weights and activations are decoded to float16 holding 2^-8 of the value: a product is 2^-16 of the true one, exactly.
 `backends/triton/layout.py` gives the arrangement of the bits, `backends/triton/fragments.py` the order of K.
@@ -62,10 +64,6 @@ def load2_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
 
 def load1(address: Int32, dtype: type = Int32):
     return ptx("ld.shared.b32 $0, [$1];", (dtype,), (address,))[0]
-
-
-def store1(address: Int32, value) -> None:
-    ptx("st.shared.b32 [$0], $1;", (), (address, value))
 
 
 def store2(address: Int32, values: tuple) -> None:

@@ -6,8 +6,8 @@ A CTA owns 32 or 64 rows of B. It walks the items, an expert's 256 values of K e
 float32 sums of all tokens in shared memory: there are no partial sums to add up afterwards. Three roles:
 
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
-- the one before it copies gathered activations, in the order of the tensor core's right operand, eight tokens to a slot of
-  a second ring;
+- the one before it copies gathered activations, in the order of the tensor core's right operand, eight tokens to a
+  slot of a second ring;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
@@ -20,11 +20,10 @@ from cutlass import Boolean, Float32, Int32, Int64
 
 from backends.hopper import instructions as ins
 from backends.hopper.stream_plan import (
-    BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, CHUNK, GROUP, HEADER_BYTES, SLOT_BYTES, StreamConfig,
+    BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, GROUP, HEADER_BYTES, SLOT_BYTES, StreamConfig,
 )  # fmt: skip
 
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
-FULL = 0xFFFFFFFF
 
 
 class StreamKernel:
