@@ -1,4 +1,4 @@
-"""Every Triton tactic once, on small awkward shapes: `compute-sanitizer --tool memcheck python -m bench.hopper_sanitize`.
+"""Every tactic for Hopper once, on small awkward shapes: `compute-sanitizer --tool memcheck python -m bench.hopper_sanitize`.
 
 Also with `--tool racecheck`. Prints how many launches it made; the sanitizer's summary is the result.
 """
@@ -6,27 +6,26 @@ from __future__ import annotations
 
 import torch
 
-from backends import DeviceInfo, Fc2Problem, Nvfp4Tensor, quantize_nvfp4
-from backends.triton.backend import TritonBackend
+from backends import DeviceInfo, Fc2Problem, Nvfp4Tensor, quantize_nvfp4, registry
 
 
 def main() -> None:
-    backend = TritonBackend()
-    capability = DeviceInfo.of("cuda").capability
-    runs = 0
-    for m, n, experts, inner, layout in ((5, 200, 3, 256, "128x4"), (70, 200, 3, 256, "linear"), (19, 72, 2, 48, "128x4")):
+    device = DeviceInfo.of("cuda")
+    runs = dict.fromkeys(("hopper", "triton"), 0)
+    for m, n, experts, inner, layout in ((5, 200, 5, 256, "128x4"), (70, 200, 5, 256, "linear"), (19, 72, 2, 48, "128x4")):
         a = quantize_nvfp4(torch.randn(m, experts * inner, device="cuda"), layout=layout)
         plain: Nvfp4Tensor = quantize_nvfp4(torch.randn(n, experts * inner, device="cuda"), layout=layout)
-        for b in (plain, backend.prepare(plain)):
-            problem = Fc2Problem(m, n, experts * inner, experts, torch.bfloat16, layout, b.layout, "cuda", capability)
-            for share in (0.2, 1.0):  # routed and dense
+        for b in (plain, registry.get("triton").prepare(plain)):
+            problem = Fc2Problem(m, n, experts * inner, experts, torch.bfloat16, layout, b.layout, "cuda", device.capability)
+            for share in (0.15, 1.0):  # routed and dense
                 alpha = torch.rand(m, experts, device="cuda") * (torch.rand(m, experts, device="cuda") < share)
-                for tactic in backend.tactics(problem):
-                    out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-                    backend.run(problem, tactic, a, b, alpha, out)
-                    runs += 1
+                for name in runs:
+                    for tactic in registry.get(name).tactics(problem):
+                        out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+                        registry.get(name).run(problem, tactic, a, b, alpha, out)
+                        runs[name] += 1
     torch.cuda.synchronize()
-    print(f"{runs} runs")
+    print(", ".join(f"{name}: {count} runs" for name, count in runs.items()))
 
 
 if __name__ == "__main__":

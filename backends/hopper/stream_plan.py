@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Values of K per item, bytes of a block of 32 rows and one item of prepared weights, as data and as scale factors.
-CHUNK, BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 256, 32, 4096, 512
+#: Rows per block of prepared weights, and a block's bytes per item (256 values of K): data, and scale factors.
+BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
 #: Tokens per slot of activations, the slot's bytes, and those of its list of tokens and weights.
 GROUP, SLOT_BYTES, HEADER_BYTES = 8, 4096, 64
 # Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
