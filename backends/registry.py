@@ -39,12 +39,17 @@ def register(backend: Fc2Backend) -> None:
 
     Raises:
         TypeError: not an `Fc2Backend`.
-        ValueError: the name is taken, or is not a plain identifier.
+        ValueError: the name is taken, is not a plain identifier, or is not that of its tactics.
     """
     if not isinstance(backend, Fc2Backend):
         raise TypeError(f"register() takes an Fc2Backend instance, got {type(backend).__name__}")
     if not backend.name.isidentifier() or backend.name == "auto":
         raise ValueError(f"backend name {backend.name!r} is not usable; take an identifier other than 'auto'")
+    if backend.tactic_type.backend != backend.name:
+        raise ValueError(
+            f"backend {backend.name!r} runs tactics of {backend.tactic_type.backend!r}; set {backend.tactic_type.__name__}.backend "
+            f"to {backend.name!r}"
+        )
     if backend.name in names():
         raise ValueError(f"a backend named {backend.name!r} is already registered")
     global generation

@@ -216,7 +216,8 @@ class _View:
         """All tactics measured at some token counts, and whether their logs are relative to the model.
 
         A tactic that was not measured at one of them counts there as the slowest that was, `ABSENT` times the
-        fastest at least, and no faster, or closer to the model, than where it was measured.
+        fastest at least, and no faster, or closer to the model, than where it was measured. One that cannot run
+        there says nothing by its absence, and misses the model as it does where it was measured.
         """
         known = self._lines.get(sides)
         if known is None:
@@ -239,10 +240,15 @@ class _View:
             known = [math.log(entry.seconds / unit) for entry, unit in zip(own, scale) if entry]
             at_least = [math.log(absent[m] / unit) for m, unit in zip(sides, scale)]
             logs = known if len(known) == len(sides) else [
-                known[0] if entry else max(known[0], least) for entry, least in zip(own, at_least)
+                known[0] if entry or modelled and not self._possible(m, tactic) else max(known[0], least)
+                for m, entry, least in zip(sides, own, at_least)
             ]
             lines.append(_Line(tactic, alpha, tuple(logs)))
         return modelled, lines
+
+    def _possible(self, m: int, tactic: Tactic) -> bool:
+        """Whether the tactic could have been measured there."""
+        return bool(registry.get(tactic.backend).can_implement(replace(self.problem, m=m), tactic))
 
     def _base(self, m: int, tactic: Tactic, alpha: str) -> Optional[float]:
         return self.model.predict(replace(self.problem, m=m), tactic, alpha) if self.model else None

@@ -6,7 +6,7 @@ import torch
 
 import backends
 import dispatch
-from backends import DeviceInfo, Fc2Problem
+from backends import DeviceInfo, Fc2Problem, registry
 from backends.torch_baseline import TorchTactic
 from tests.reference import ALPHA_KINDS, assert_meets_bar, make_alpha, make_operands, reference
 
@@ -138,26 +138,22 @@ def test_a_backend_for_other_hardware_refuses():
         dispatch.fc2(a, b, alpha, "cute")
 
 
-def test_an_uncompiled_kernel_is_refused_during_a_capture():
+def test_an_uncompiled_kernel_is_refused_during_a_capture(monkeypatch):
     name = running_backends()[0]
     if name == "torch":
         pytest.skip("no backend here compiles anything")
     a, b, alpha = operands(24, 256, 8, 256, "top_k")
     b = forms(a, b, alpha, name)[-1]
-    backend = type(backends.get(name))()  # nothing compiled yet
-    backend_name = "fresh"
-    backend.name = backend_name
-    dispatch.register(backend)
-    try:
-        problem = Fc2Problem(24, 256, 2048, 8, b_layout=b.layout, capability=DeviceInfo.of("cuda").capability)
-        assert not backend.is_compiled(problem, backend.default_tactic(problem))
-        out = torch.zeros((24, 256), dtype=torch.bfloat16, device="cuda")
-        graph = torch.cuda.CUDAGraph()
-        with pytest.raises(dispatch.NotCompiledError, match="call fc2 once with the same shapes before the capture"):
-            with torch.cuda.graph(graph):
-                dispatch.fc2(a, b, alpha, backend_name, out=out)
-    finally:
-        backends.unregister(backend_name)
+    fresh = type(backends.get(name))()  # nothing compiled yet
+    monkeypatch.setitem(registry._instances, name, fresh)
+    monkeypatch.setattr(registry, "generation", registry.generation + 1)
+    problem = Fc2Problem(24, 256, 2048, 8, b_layout=b.layout, capability=DeviceInfo.of("cuda").capability)
+    assert not fresh.is_compiled(problem, fresh.default_tactic(problem))
+    out = torch.zeros((24, 256), dtype=torch.bfloat16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(dispatch.NotCompiledError, match="call fc2 once with the same shapes before the capture"):
+        with torch.cuda.graph(graph):
+            dispatch.fc2(a, b, alpha, name, out=out)
 
 
 def test_cached_weight_is_a_library_gemm():

@@ -155,14 +155,14 @@ def test_auto_takes_torch_on_a_cpu_and_says_why():
 
 def test_backends_lists_all_with_reasons():
     listed = dispatch.backends("cpu")
-    assert list(listed)[:3] == ["cute", "triton", "torch"]
+    assert list(listed)[:4] == ["cute", "hopper", "triton", "torch"]
     assert listed["torch"].ok and not listed["cute"].ok and listed["cute"].reason
 
 
 def test_prepare_makes_what_the_device_would_run(monkeypatch):
     """The decision alone, for GPUs that are not here: the layouts asked for, by number of experts."""
     made = []
-    for name in ("cute", "triton"):
+    for name in ("cute", "hopper", "triton"):
         backend = backends.get(name)
         monkeypatch.setattr(type(backend), "prepare", lambda self, b, in_place: made.append(self.name) or b)
         monkeypatch.setattr(type(backend), "is_supported", lambda self, device: SUPPORTED)
@@ -171,7 +171,8 @@ def test_prepare_makes_what_the_device_would_run(monkeypatch):
     for gpu, b, experts, expected in (
         ((10, 0), linear, 6, ["cute"]),
         ((10, 0), swizzled, 6, []),
-        ((9, 0), swizzled, 6, ["triton"]),
+        ((9, 0), swizzled, 6, ["hopper"]),
+        ((8, 0), swizzled, 6, ["triton"]),
         ((9, 0), swizzled, 4, []),  # 384 weights per expert are no multiple of the prepared form's 256
     ):
         device = DeviceInfo("cuda", "gpu", gpu, 132)
@@ -248,7 +249,7 @@ def test_out_errors():
 
 
 def test_backend_and_tactic_errors():
-    rejects(ValueError, "backend is 'cuda'; known: auto, cute, triton, torch", backend="cuda")
+    rejects(ValueError, "backend is 'cuda'; known: auto, cute, hopper, triton, torch", backend="cuda")
     rejects(dispatch.UnavailableError, "backend 'cute' cannot run this call: .+", backend="cute")
     rejects(TypeError, "tactic is str", tactic="fast")
     rejects(ValueError, "tactic belongs to backend 'torch' and backend is 'cute'", backend="cute", tactic=TorchTactic())
@@ -263,5 +264,5 @@ def test_registration_errors():
         dispatch.register(StubBackend)
     with pytest.raises(KeyError, match="'torch' was not added by register"):
         backends.unregister("torch")
-    with pytest.raises(KeyError, match="unknown backend 'x'; known: cute, triton, torch"):
+    with pytest.raises(KeyError, match="unknown backend 'x'; known: cute, hopper, triton, torch"):
         backends.get("x")

@@ -23,7 +23,7 @@ def run(
     alpha: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Enqueue one pass: list, gather, stream, decode, multiply, add. Each kernel is launched while the one before it
+    """Enqueue one pass: list, gather, decode, stream, multiply, add. Each kernel is launched while the one before it
     runs (programmatic dependent launch) and waits for it before it touches memory.
 
     Args:
@@ -54,11 +54,13 @@ def run(
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=True, OVERLAP=True,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
+    # Not after the streaming kernel: started early beside it, all programs would find room on the few multiprocessors
+    # which that kernel leaves free, and stay there.
+    dense_prelude.launch_decode(tiling, experts, words, a_scale, swizzled, counts, acts.view(torch.int32), tokens)
     launcher(config)(
         b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(),
         weight_of.data_ptr(), out.data_ptr(), tokens, problem.n, stream,
     )  # fmt: skip
-    dense_prelude.launch_decode(tiling, experts, words, a_scale, swizzled, counts, acts.view(torch.int32), tokens)
     launcher(tiling.kernel)(
         acts.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(), parts.data_ptr(),
         *tiling.integers(tokens, problem.n, experts, problem.k), stream,
