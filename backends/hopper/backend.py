@@ -13,14 +13,13 @@ from backends.hopper import tactic as rules
 from backends.hopper.dense_plan import DenseKernelTile
 from backends.hopper.stream_plan import StreamConfig
 from backends.hopper.tactic import CAPABILITY, PASS_TOKENS, HopperTactic
-from backends.interface import SUPPORTED, Fc2Backend, Operand, Support
+from backends.interface import Support
 from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
 from backends.problem import Fc2Problem
 from backends.triton import layout
-from backends.triton.tactic import PREPARED
 
 
-class HopperBackend(Fc2Backend):
+class HopperBackend(layout.ReadsFragments):
     """CuTe DSL kernels for SM 9.0, on weights that the "triton" backend's order suits as well.
 
     A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
@@ -79,23 +78,6 @@ class HopperBackend(Fc2Backend):
                 config = rules.stream_config(part, tactic, part.m)
                 launch.run(part, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
         self._compiled.add(_kernel_key(problem, tactic))
-
-    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
-        """B in the order of the fast kernels; b itself where K is not a multiple of 256.
-
-        Raises:
-            ValueError: b has negative scale factors, or `in_place` and N is not a multiple of 128.
-        """
-        return b if b.shape[1] % layout.CHUNK else layout.prepare(b, in_place)
-
-    def prepared_layout(self, problem: Fc2Problem) -> str:
-        fast = replace(problem, b_layout=PREPARED)
-        return PREPARED if self.can_implement(fast, self.default_tactic(fast)) else ""
-
-    def unprepare(self, b: Operand) -> Nvfp4Tensor:
-        if isinstance(b, PreparedOperand) and b.layout == PREPARED:
-            return layout.unprepare(b)
-        return super().unprepare(b)
 
     def _launcher(self, config: StreamConfig | DenseKernelTile):
         """The kernel, from memory, from disk, or compiled and kept there."""

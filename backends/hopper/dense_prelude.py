@@ -8,6 +8,9 @@ import triton.language as tl
 from backends.hopper.dense_plan import DenseTiling
 from backends.triton.plan import decode_pair, is_dense, wait_for_predecessor
 
+#: Tokens that a program of `decode_activations` takes.
+BLOCK = 64
+
 
 @triton.jit(do_not_specialize=["tokens", "columns"])
 def decode_activations(
@@ -107,11 +110,10 @@ def launch_decode(
         counts: int32 [experts], nonzeros of alpha.
         acts: at least `tiling.acts_bytes` bytes, int32, aligned to 128.
     """
-    block = 64
-    decode_activations[(tiling.chunks, -(-tiling.columns // block))](
+    decode_activations[(tiling.chunks, -(-tiling.columns // BLOCK))](
         a_data, a_scale, counts, acts, tokens, tiling.columns,
         EXPERTS=experts, EXPERTS_PADDED=_power_of_two(experts), INNER=tiling.chunks * 256 // experts,
-        A_SWIZZLED=a_swizzled, BLOCK=block, num_warps=4, launch_pdl=True,
+        A_SWIZZLED=a_swizzled, BLOCK=BLOCK, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import replace
 from types import ModuleType
 
 import torch
 
 from backends.device import DeviceInfo
-from backends.interface import SUPPORTED, Fc2Backend, Operand, Support
-from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
+from backends.interface import SUPPORTED, Operand, Support
+from backends.operand import Nvfp4Tensor, scale_shape
 from backends.problem import Fc2Problem
 from backends.triton import layout
 from backends.triton import tactic as rules
@@ -19,7 +18,7 @@ from backends.triton.tactic import PREPARED, TritonTactic
 _SUM_BLOCK = 1024
 
 
-class TritonBackend(Fc2Backend):
+class TritonBackend(layout.ReadsFragments):
     """FC2 by Triton kernels, on SM 8.0 and up; on a CPU under Triton's interpreter, for tests only."""
 
     name = "triton"
@@ -86,23 +85,6 @@ class TritonBackend(Fc2Backend):
 
             prepared.run(problem, tactic, a, b, alpha, out)
         self._compiled.add(_kernel_key(problem, tactic))
-
-    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
-        """B in the order of the fast kernels (`layout.py`); b itself where K is not a multiple of 256.
-
-        Raises:
-            ValueError: b has negative scale factors, or `in_place` and N is not a multiple of 128.
-        """
-        return b if b.shape[1] % rules.CHUNK else layout.prepare(b, in_place)
-
-    def prepared_layout(self, problem: Fc2Problem) -> str:
-        fast = replace(problem, b_layout=PREPARED)
-        return PREPARED if self.can_implement(fast, self.default_tactic(fast)) else ""
-
-    def unprepare(self, b: Operand) -> Nvfp4Tensor:
-        if isinstance(b, PreparedOperand) and b.layout == PREPARED:
-            return layout.unprepare(b)
-        return super().unprepare(b)
 
 
 def _run_tiled(

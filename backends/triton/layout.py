@@ -15,9 +15,14 @@ The size is that of the plain form, with N rounded up to 128: 0.5625 bytes per w
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from backends.interface import Fc2Backend, Operand
 from backends.operand import Nvfp4Tensor, PreparedOperand, linear_scale, round_up
+from backends.problem import Fc2Problem
+from backends.triton.tactic import PREPARED
 
 #: Name of this arrangement in `PreparedOperand.form`.
 FORM = "fragments"
@@ -29,6 +34,27 @@ _SIGN = (15, 12, 14, 13)
 _MAGNITUDE = (9, 6, 3, 0)
 # Rows handled at a time: bounds the working memory to about 150 MB at K = 65536.
 _STEP = 512
+
+
+class ReadsFragments(Fc2Backend):
+    """A backend whose kernels read this form."""
+
+    def prepare(self, b: Nvfp4Tensor, in_place: bool = False) -> Operand:
+        """B in this form; b itself where K is not a multiple of 256.
+
+        Raises:
+            ValueError: b has negative scale factors, or `in_place` and N is not a multiple of 128.
+        """
+        return b if b.shape[1] % CHUNK else prepare(b, in_place)
+
+    def prepared_layout(self, problem: Fc2Problem) -> str:
+        fast = replace(problem, b_layout=PREPARED)
+        return PREPARED if self.can_implement(fast, self.default_tactic(fast)) else ""
+
+    def unprepare(self, b: Operand) -> Nvfp4Tensor:
+        if isinstance(b, PreparedOperand) and b.layout == PREPARED:
+            return unprepare(b)
+        return super().unprepare(b)
 
 
 def prepare(b: Nvfp4Tensor, in_place: bool = False) -> PreparedOperand:

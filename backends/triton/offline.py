@@ -26,7 +26,7 @@ def compile_for(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int
 def _tiled(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
     out = "*" + _TRITON_TYPE[problem.out_dtype]
     kernels = {
-        "fc2_tiled": _compile(
+        "fc2_tiled": compile_kernel(
             tiled.fc2_tiled, capability,
             dict(a_data=_BYTES, a_scale=_BYTES, b_data=_BYTES, b_scale=_BYTES, alpha=_FLOATS,
                  out=out if tactic.split == 1 else _FLOATS, tokens="i32", hidden="i32"),
@@ -37,7 +37,7 @@ def _tiled(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int
         )
     }  # fmt: skip
     if tactic.split > 1:
-        kernels["sum_parts"] = _compile(
+        kernels["sum_parts"] = compile_kernel(
             tiled.sum_parts, capability, dict(parts=_FLOATS, out=out, numel="i32"), dict(SPLIT=tactic.split, BLOCK=1024)
         )
     return kernels
@@ -45,7 +45,7 @@ def _tiled(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int
 
 def _few(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, int]) -> dict[str, CompiledKernel]:
     return {
-        "fc2_few": _compile(
+        "fc2_few": compile_kernel(
             few.fc2_few, capability,
             dict(a_data=_WORDS, a_scale=_BYTES, w_data=_WORDS, w_scale=_WORDS, alpha=_FLOATS,
                  out="*" + _TRITON_TYPE[problem.out_dtype], lists=_WORDS, tokens="i32", hidden="i32"),
@@ -63,20 +63,20 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
     swizzled = problem.a_layout == "128x4"
     tiling = dense_tiling(problem.m, problem.n, problem.k)
     kernels = {
-        "list_tokens": _compile(
+        "list_tokens": compile_kernel(
             plan.list_tokens, capability,
             dict(alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS, alpha_t=_FLOATS, tokens="i32",
                  columns="i32"),
             dict(EXPERTS=problem.experts, BLOCK=128, OVERLAP=overlap),
             launch_pdl=overlap,
         ),
-        "gather_tokens": _compile(
+        "gather_tokens": compile_kernel(
             plan.gather_tokens, capability,
             dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, token_of=_WORDS, gathered=_WORDS, tokens="i32"),
             dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=has_dense, OVERLAP=overlap),
             launch_pdl=overlap,
         ),
-        "fc2_routed": _compile(
+        "fc2_routed": compile_kernel(
             routed.fc2_routed, capability,
             dict(w_data=_WORDS, w_scale=_WORDS, gathered=_WORDS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS,
                  lists=_WORDS, sums=_FLOATS, tokens="i32", hidden="i32"),
@@ -84,7 +84,7 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
                  HAS_DENSE=has_dense, OVERLAP=overlap),
             num_warps=tactic.num_warps, maxnreg=prepared.registers(tactic), launch_pdl=overlap,
         ),
-        "finish": _compile(
+        "finish": compile_kernel(
             plan.finish, capability,
             dict(sums=_FLOATS, parts=_FLOATS, counts=_WORDS, out="*" + _TRITON_TYPE[problem.out_dtype], tokens="i32",
                  hidden="i32", tiles="i32", token_tiles="i32", programs="i32"),
@@ -94,12 +94,12 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
         ),
     }  # fmt: skip
     if has_dense:
-        kernels["pack_activations"] = _compile(
+        kernels["pack_activations"] = compile_kernel(
             warpgroup.pack_activations, capability,
             dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, packed=_WORDS, units=_WORDS, tokens="i32", columns="i32"),
             dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, TOKENS=tiling.tokens),
         )  # fmt: skip
-        kernels["fc2_warpgroup"] = _compile(
+        kernels["fc2_warpgroup"] = compile_kernel(
             warpgroup.fc2_warpgroup, capability,
             dict(packed=_WORDS, units=_WORDS, w_data=_WORDS, w_scale=_WORDS, alpha_t=_FLOATS, counts=_WORDS, parts=_FLOATS,
                  tokens="i32", tiles="i32", slots="i32", blocks="i32"),
@@ -109,7 +109,7 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
     return kernels
 
 
-def _compile(
+def compile_kernel(
     fn: object, capability: tuple[int, int], arguments: dict[str, str], constants: dict[str, object], **options: int
 ) -> CompiledKernel:
     """One kernel, with pointers known to be 16-byte aligned, and `hidden` and `columns` to be multiples of 16."""
