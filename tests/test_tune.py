@@ -99,6 +99,7 @@ def test_kernels_are_compiled_side_by_side_before(stub, crashes, tmp_path, monke
     monkeypatch.setattr(precompile.Compilers, "count", lambda self, jobs: 2)
     if crashes:
         monkeypatch.setenv("STUB_COMPILER_CRASHES", "1")
+    before = set(_children_alive())  # such as the compiler processes that torch keeps
     report = quiet(PROBLEM, ms=[1, 3], backends=["stub"], budget_s=120)
     kernels = {path.name: path.read_text() for path in tmp_path.glob("[13]-*")}
     assert set(kernels) == {f"{m}-{delay}" for m in (1, 3) for delay in (1, 2, 3, 4, 5) if not (crashes and delay == 4)}
@@ -108,7 +109,7 @@ def test_kernels_are_compiled_side_by_side_before(stub, crashes, tmp_path, monke
     assert failed == ({4} if crashes else set())
     if not crashes:
         assert "compile " in str(report) and report.phases["compile"] < 60
-        assert not _children_alive()
+        assert set(_children_alive()) <= before
 
 
 @pytest.mark.parametrize("stub", [CompilingBackend], indirect=True)
