@@ -19,9 +19,8 @@ SHAPES = [(64, 7168, 65536), (128, 7168, 65536), (512, 7168, 65536), (512, 7168,
 
 @pytest.mark.parametrize("clusters", [1, 3, 7, 66])
 @pytest.mark.parametrize("tokens, hidden, k", SHAPES)
-def test_every_chunk_of_every_tile_is_computed_once(monkeypatch, clusters, tokens, hidden, k):
-    monkeypatch.setattr(dense_plan, "CLUSTERS", clusters)
-    tiling = dense_tiling(tokens, hidden, k)
+def test_every_chunk_of_every_tile_is_computed_once(clusters, tokens, hidden, k):
+    tiling = dense_tiling(tokens, hidden, k, clusters)
     assert tiling.token_tiles * tiling.kernel.tokens >= tokens and tiling.row_tiles * tiling.kernel.rows >= hidden
     computed = torch.zeros(tiling.whole + tiling.streamed, tiling.chunks, dtype=torch.int32)
     parts = set()
@@ -134,11 +133,10 @@ def _emulate(tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, **opti
     [(40, 500, 2, 512, 3, "dense"), (130, 300, 3, 256, 3, "dense"), (128, 192, 1, 256, 66, "dense"),
      (64, 260, 2, 256, 3, "dense"), (190, 260, 2, 256, 2, "dense"), (350, 200, 5, 256, 2, "dense"), (33, 1000, 3, 256, 2, "ragged")],
 )  # fmt: skip
-def test_meets_the_bar(monkeypatch, m, n, experts, inner, clusters, kind, schedule):
-    monkeypatch.setattr(dense_plan, "CLUSTERS", clusters)
+def test_meets_the_bar(m, n, experts, inner, clusters, kind, schedule):
     a, b = make_operands(m, n, experts * inner, m + n)
     alpha = make_alpha(kind, m, experts, torch.Generator().manual_seed(m))
-    tiling = dense_tiling(m, n, experts * inner)
+    tiling = dense_tiling(m, n, experts * inner, clusters)
     out, parts = _emulate(tiling, n, a, b, alpha, schedule=schedule, seed=m)
     assert_meets_bar(out, *reference(a, b, alpha))
     if schedule != "eager":

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from dataclasses import replace
 
 import torch
 
@@ -74,9 +73,8 @@ class HopperBackend(layout.ReadsFragments):
         with torch.cuda.device(out.device):
             for first in range(0, problem.m, PASS_TOKENS):
                 rows = slice(first, first + PASS_TOKENS)  # a multiple of 128, so the swizzled scale factors split here too
-                part = replace(problem, m=min(PASS_TOKENS, problem.m - first))
-                config = rules.stream_config(part, tactic, part.m)
-                launch.run(part, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
+                config = rules.stream_config(problem, tactic, min(PASS_TOKENS, problem.m - first))
+                launch.run(problem, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
         self._compiled.add(_kernel_key(problem, tactic))
 
     def _launcher(self, config: StreamConfig | DenseKernelTile):

@@ -1,6 +1,7 @@
 """How the dense kernel of SM 9.0 divides a call. Pure values: no torch, no DSL."""
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 #: Values of K per chunk, the unit of the prepared weights; an expert is a multiple of it.
@@ -111,18 +112,20 @@ class DenseTiling(NamedTuple):
         )  # fmt: skip
 
 
-def dense_tiling(tokens: int, hidden: int, k: int) -> DenseTiling:
+@functools.lru_cache(maxsize=4096)  # every call asks
+def dense_tiling(tokens: int, hidden: int, k: int, clusters: int = CLUSTERS) -> DenseTiling:
     """The tiling for one pass.
 
     Args:
         tokens: of the pass, at least 1.
         hidden: rows of B.
         k: a multiple of `CHUNK`.
+        clusters: of the launch; fewer where there is less work.
     """
     kernel = kernel_tile(tokens)
     token_tiles, row_tiles, chunks = -(-tokens // kernel.tokens), -(-hidden // kernel.rows), k // CHUNK
     tiles = token_tiles * row_tiles
-    clusters = min(CLUSTERS, tiles * chunks)
+    clusters = min(clusters, tiles * chunks)
     full = tiles // clusters
     if 0 < tiles % clusters * chunks < clusters:
         full -= 1  # a share would be empty

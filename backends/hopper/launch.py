@@ -27,9 +27,10 @@ def run(
     runs (programmatic dependent launch) and waits for it before it touches memory.
 
     Args:
+        problem: of the whole call; a_data, a_scale, alpha and out are the pass's rows.
         launcher: the compiled kernel of a configuration.
     """
-    tokens, experts, inner = problem.m, problem.experts, problem.intermediate
+    tokens, experts, inner = out.shape[0], problem.experts, problem.intermediate
     device = out.device
     swizzled = problem.a_layout == "128x4"
     padded = 1 << (experts - 1).bit_length()

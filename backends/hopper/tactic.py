@@ -1,9 +1,10 @@
 """Tactics of the Hopper backend and the rules they obey; pure values, no cutlass and no triton import."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from backends.hopper.dense_plan import DenseTiling, dense_tiling
+from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
@@ -63,6 +64,7 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
     return SUPPORTED
 
 
+@functools.lru_cache(maxsize=4096)  # every call asks
 def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> StreamConfig | None:
     """The streaming kernel for a pass of that many tokens; None where shared memory is too small."""
     capacity = next(c for c in _CAPACITIES if c >= tokens)
@@ -83,9 +85,10 @@ def passes(problem: Fc2Problem) -> list[int]:
     return [PASS_TOKENS] * (problem.m >= PASS_TOKENS) + [last] * (last > 0)
 
 
+@functools.lru_cache(maxsize=4096)  # every call asks
 def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
     """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
-    configs: set[StreamConfig | DenseTiling | None] = set()
+    configs: set[StreamConfig | DenseKernelTile | None] = set()
     for tokens in passes(problem):
         configs |= {stream_config(problem, tactic, tokens), dense_tiling(tokens, problem.n, problem.k).kernel}
     return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
