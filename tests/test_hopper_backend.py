@@ -129,3 +129,49 @@ def test_part_sums_are_added_in_the_order_of_k(tokens, hidden):
     by_place = totals.view(tiling.token_tiles, tiling.row_tiles, tile.tokens, tile.rows).permute(0, 2, 1, 3)
     whole = by_place.reshape(tiling.columns, tiling.row_tiles * tile.rows)
     assert torch.equal(out, whole[:tokens, :hidden] * 65536.0)
+
+
+@pytest.mark.parametrize("m", [40, 700])
+def test_launches_of_a_call(m, monkeypatch):
+    """The order of the kernels of each pass, and as many values for each DSL kernel as it was compiled for."""
+    pytest.importorskip("cutlass")
+    from types import SimpleNamespace
+
+    from backends.hopper import compiler, dense_prelude, launch
+    from backends.triton import layout
+
+    order = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            assert all(extent > 0 for extent in grid)
+            return lambda *_, **__: order.append(self.name)
+
+    for module, names in ((launch, ("list_tokens", "gather_tokens")), (dense_prelude, ("decode_activations", "add_parts"))):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(name))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+    def launcher(config):
+        kernel = compiler.kernel_of(config)
+
+        def launched(*values):
+            assert len(values) == len(kernel.pointers) + kernel.INTEGERS + 1 and all(type(v) is int for v in values)
+            order.append(type(kernel).__name__)
+
+        return launched
+
+    problem = replace(TARGET, m=m, n=200, k=1280, experts=5)
+    a, _ = make_operands(m, 8, problem.k, seed=0)
+    out = torch.empty(m, problem.n, dtype=torch.bfloat16)
+    prepared = layout.zeros(problem.n, problem.k, torch.device("cpu"))
+    alpha = torch.ones(m, problem.experts)
+    for first in range(0, m, PASS_TOKENS):
+        rows = slice(first, first + PASS_TOKENS)
+        config = stream_config(problem, HopperTactic(), min(PASS_TOKENS, m - first))
+        launch.run(problem, config, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
+    one = ["list_tokens", "gather_tokens", "decode_activations", "StreamKernel", "DenseKernel", "add_parts"]
+    assert order == one * -(-m // PASS_TOKENS)
