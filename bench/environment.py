@@ -13,7 +13,7 @@ import dispatch
 from backends import registry
 from backends.device import DeviceInfo
 from dispatch.environment import conditions, version
-from dispatch.hardware import Gpu, gpu_of
+from dispatch.hardware import Gpu, gpu_named
 from dispatch.timing import EventRunner, l2_bytes
 
 
@@ -82,7 +82,7 @@ def roofline(device: DeviceInfo, measured: Optional[dict[str, float]]) -> Option
     A Blackwell GPU that is not in the list of known ones gets its bfloat16 rate, below its FP4 rate: its compute floors
     come out too high.
     """
-    known = gpu_of(device)
+    known = gpu_named(device.name)
     if known is not None or measured is None:
         return known
     source = "measured in this run: float32 sum of 2 GiB, bfloat16 product of 8192^3"

@@ -13,18 +13,18 @@ from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from dispatch.choice import pick_among
 from dispatch.evidence import Measured
-from dispatch.hardware import GPUS, Gpu
+from dispatch.hardware import GPUS, Gpu, gpu_named
 from dispatch.measured import Entry, Table
 from dispatch.model import Model, fit
 
 
 def gpu_of_table(table: Table) -> Gpu:
     """The known GPU that a table is for. Raises ValueError if its ceilings are not in `dispatch.hardware`."""
-    for gpu in GPUS.values():
-        if gpu.device.name == table.gpu:
-            return gpu
-    known = ", ".join(gpu.device.name for gpu in GPUS.values())
-    raise ValueError(f"no ceilings are known for {table.gpu!r}; dispatch.hardware has {known}")
+    gpu = gpu_named(table.gpu)
+    if gpu is None:
+        known = ", ".join(gpu.device.name for gpu in GPUS.values())
+        raise ValueError(f"no ceilings are known for {table.gpu!r}; dispatch.hardware has {known}")
+    return gpu
 
 
 def fitted(table: Table) -> Table:

@@ -344,10 +344,8 @@ def _notes(field: _Field, chosen: Tactic, source: str, estimate: Optional[Estima
     if source in ("default", "model") and problem.device_type == "cuda":
         sizes = f"--n {problem.n} --k {problem.k} --experts {problem.experts}"
         notes.append(f"this was not measured; `python -m dispatch tune {sizes}` does that")
-    if field.measured.foreign and estimate:
-        notes.append(
-            f"times are from {field.measured.foreign}, the nearest GPU with a table; tune to measure this one"
-        )
+    if field.measured.foreign and estimate and estimate.source == "model":
+        notes.append(f"times are carried over from {field.measured.foreign}, the nearest GPU with a table")
     if estimate and estimate.alpha not in (ALPHA_ANY, ALPHA_DENSE):
         notes += _dense_note(field, chosen)
     return tuple(notes)

@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
     Attributes:
         seconds: the time.
         source: "measured" (this very problem), "interpolated" (measured around it, or with another output
-            type or layout of a) or "model".
+            type or layout of a) or "model", which times of another GPU also come through.
         alpha: form of alpha that the time is for.
         evidence: where the shape was measured: "here" (at this m), "between" (at fewer and at more tokens),
             "near" (on one side only) or "", nowhere or not with this tactic.
@@ -54,7 +54,7 @@ class Measured:
         user: the user's own table; at a problem and form of alpha that it has, its times replace the shipped
             ones, since times of different runs do not compare to a percent.
         model: predictions for what was not measured.
-        foreign: name of the GPU the shipped table is for, if it is another one than the device.
+        foreign: name of the GPU that the shipped times were carried over from, if that is not the device.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class Measured:
         points = {m: {**by_m[m].get(ALPHA_ANY, {}), **by_m[m].get(form, {})} for m, form in chosen.items()}
         points = {m: dict(sorted(at.items(), key=lambda item: str(item[0]))) for m, at in points.items() if at}
         users = frozenset(m for m in points if (known, m, chosen[m]) in self._users)
-        return _View(problem, alpha or f"topk:{wanted}", points, known == shape, users, self.model)
+        own = users if self.foreign else frozenset(points)
+        return _View(problem, alpha or f"topk:{wanted}", points, known == shape, users, own, self.model)
 
     def _form(self, shape: tuple, m: int, alpha: str, wanted: int) -> str:
         """The form of alpha whose times count at a shape and m; "" where none does.
@@ -195,6 +196,7 @@ class _View:
         ms: the keys of points.
         exact: False where the entries are for another output type or layout of a.
         users: token counts whose times are the user's own.
+        own: those whose times were taken on this GPU model.
         tactics: all that were measured at some m.
     """
 
@@ -205,10 +207,11 @@ class _View:
         points: Mapping[int, Mapping[Tactic, Entry]],
         exact: bool,
         users: frozenset[int],
+        own: frozenset[int],
         model: Optional[Model],
     ) -> None:
         self.problem, self.alpha, self.points, self.ms = problem, alpha, points, tuple(points)
-        self.exact, self.users, self.model = exact, users, model
+        self.exact, self.users, self.own, self.model = exact, users, own, model
         self.tactics = frozenset(tactic for at in points.values() for tactic in at)
         self._lines: dict[tuple[int, ...], tuple[bool, list[_Line]]] = {}
 
@@ -310,15 +313,17 @@ class Evidence:
         where others were.
         """
         m = self.problem.m
+        own = self._view.own.issuperset(self._sides)
         if self.kind == "here":
-            source = "measured" if self.exact else "interpolated"
+            source = "model" if not own else "measured" if self.exact else "interpolated"
             return {
                 t: Estimate(e.seconds, source, e.alpha, "here", e)
                 for t, e in self._view.points[m].items()
                 if self._allowed(t)
             }
         modelled, lines = self._view.lines(self._sides)
-        source, share = ("interpolated", self._share()) if self.kind == "between" else ("model", 0.0)
+        source = "interpolated" if own and self.kind == "between" else "model"
+        share = self._share() if self.kind == "between" else 0.0
         found = {}
         for tactic, alpha, logs in lines:
             if self._allowed(tactic):

@@ -44,13 +44,24 @@ GPUS: dict[str, Gpu] = {
             790e12,
             "measured 2026-11-23 on one H200: pure read 4.38 TB/s, bf16 GEMM 770-800 TFLOP/s (no FP4 tensor cores)",
         ),
+        # Its pure read was not measured; a copy, which also writes, reached 3.0 TB/s.
+        Gpu(
+            "H100",
+            DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 10**9),
+            3.35e12,
+            798e12,
+            "NVIDIA data sheet of the SXM5 board: 3.35 TB/s; bf16 GEMM measured on one: 798 TFLOP/s (no FP4 tensor cores)",
+        ),
     )
 }
 
 
-def gpu_of(device: DeviceInfo) -> Optional[Gpu]:
-    """The known GPU whose name the driver's name contains, or None."""
-    return next((gpu for gpu in GPUS.values() if gpu.name in device.name.split()), None)
+def gpu_named(name: str) -> Optional[Gpu]:
+    """The known GPU that the driver calls by this name, or None.
+
+    The whole name: an "NVIDIA H100 PCIe" has 114 multiprocessors and 2 TB/s (NVIDIA data sheet), not an H100 SXM5's.
+    """
+    return next((gpu for gpu in GPUS.values() if gpu.device.name == name), None)
 
 
 def expected_active_experts(m: int, experts: int, top_k: int) -> float:

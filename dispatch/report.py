@@ -10,7 +10,7 @@ from backends.device import DeviceInfo
 from backends.problem import Fc2Problem, dtype_name
 from backends.tactic import Tactic
 from dispatch.evidence import Estimate
-from dispatch.hardware import floor_seconds, gpu_of
+from dispatch.hardware import floor_seconds, gpu_named
 
 #: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that
 #: diverge on ties are about differences of 0.08 to 2%.
@@ -147,7 +147,7 @@ class Decision:
         return f"{text}: {-ratio:.0%} less, but {_PRECEDENCE[self.source]}"
 
     def __str__(self) -> str:
-        gpu = gpu_of(self.device)
+        gpu = gpu_named(self.device.name)
         lines = [self.line()]
         if self.estimate is not None:
             lines.append(f"  time: {_us(self.seconds)} {_origin(self.estimate)}, for alpha {self.alpha}")

@@ -21,9 +21,9 @@ from backends.device import DeviceInfo
 from dispatch import environment
 from dispatch.environment import log
 from dispatch.evidence import Measured
-from dispatch.hardware import GPUS, gpu_of
+from dispatch.hardware import GPUS, Gpu, floor_seconds, gpu_named
 from dispatch.measured import Entry, Table
-from dispatch.model import Model
+from dispatch.model import Model, active_share, top_k_of
 
 #: Tables that ship with the package.
 SHIPPED = Path(__file__).parent / "tables"
@@ -150,10 +150,31 @@ def model_for(device: DeviceInfo, table: Optional[Table]) -> Optional[Model]:
     unknown."""
     if table is None or table.model is None:
         return None
-    gpu = gpu_of(device) or next((g for g in GPUS.values() if g.device.name == table.gpu), None)
+    gpu = gpu_named(device.name) or gpu_named(table.gpu)
     if gpu is None:
         return None
     return Model(device.sm_count or gpu.device.sm_count, gpu.read_bandwidth, gpu.mma_flops, table.model)
+
+
+def carried_over(table: Table, device: DeviceInfo) -> Table:
+    """Another GPU's table as this one's times should be: each in proportion to its problem's floors on the two.
+
+    The order of a problem's tactics stays as measured. Times stay as they are where either GPU's ceilings are unknown.
+    """
+    here, there = gpu_named(device.name), gpu_named(table.gpu)
+    if here is None or there is None:
+        return table
+
+    def floor(entry: Entry, gpu: Gpu) -> float:
+        p = entry.problem
+        rows = p.m * top_k_of(entry.alpha, p.experts)
+        return floor_seconds(p, gpu, active_share(p, entry.alpha) * p.experts, rows)
+
+    def moved(entry: Entry) -> Entry:
+        ratio = floor(entry, here) / floor(entry, there)
+        return entry if entry.seconds is None else replace(entry, seconds=entry.seconds * ratio)
+
+    return replace(table, entries=tuple(map(moved, table.entries)))
 
 
 _measured: dict[str, Measured] = {}
@@ -179,8 +200,10 @@ def _read(device: DeviceInfo) -> Measured:
                 f"{user_path(device.name)}: {stale} entries were measured with other kernels or compilers and are not "
                 "used; run `python -m dispatch tune` to measure again"
             )
-    foreign = shipped.gpu if shipped is not None and shipped.gpu != device.name else ""
-    return Measured(shipped, user, model_for(device, shipped), foreign)
+    model, foreign = model_for(device, shipped), ""
+    if shipped is not None and shipped.gpu != device.name:
+        shipped, foreign = carried_over(shipped, device), shipped.gpu
+    return Measured(shipped, user, model, foreign)
 
 
 def remember(device: DeviceInfo, entries: Iterable[Entry]) -> None:

@@ -648,7 +648,11 @@ def test_what_was_not_measured_on_a_gpu_is_said_with_the_remedy():
 
 def test_a_foreign_table_is_said():
     known = Measured(table(entry(16, FAST, 5.0)), foreign="NVIDIA H200")
-    assert "times are from NVIDIA H200" in str(choose(problem(16, H200), H200, known))
+    decision = choose(problem(16, H200), H200, known)
+    assert decision.source == "model" and "times are carried over from NVIDIA H200" in str(decision)
+    mine = Measured(known.shipped, table(entry(16, FAST, 6.0)), foreign="NVIDIA H200")
+    decision = choose(problem(16, H200), H200, mine)
+    assert decision.source == "measured" and "carried over" not in str(decision)
 
 
 def test_the_report_is_short_and_complete():

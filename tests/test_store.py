@@ -19,6 +19,7 @@ from backends.torch_baseline import TorchTactic
 from dispatch import environment, store
 from dispatch.choice import choose
 from dispatch.evidence import Measured
+from dispatch.hardware import GPUS
 from dispatch.measured import Entry, Table
 from dispatch.model import Family
 
@@ -309,8 +310,41 @@ def test_a_gpu_without_a_table_takes_its_nearest_relative():
         assert store.shipped_for(device) is b200
         known = store.measured_for(device)
         assert known.foreign == "NVIDIA B200" and known.model is not None
+        assert known.shipped.entries == b200.entries, "their ceilings are not known"
     assert store.shipped_for(DeviceInfo("cuda", "Tesla V100", (7, 0))) is None
     assert store.shipped_for(DeviceInfo("cpu", "cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "m, alpha, ratio",
+    [
+        (8, "topk:8", 4.38 / 3.35),  # reading the weights
+        (512, "topk:8", 4.38 / 3.35),  # the same: few rows of each expert
+        (512, "dense", 790 / 798),  # multiplying
+        (512, "any", 790 / 798),
+    ],
+)
+def test_times_of_another_gpu_are_carried_over_by_the_floors(m, alpha, ratio):
+    device = GPUS["H100"].device
+    timed = Entry(Fc2Problem(m, 7168, 65536, 256), alpha, TorchTactic(), 100e-6)
+    failed = replace(timed, tactic=TorchTactic("cached_weight"), seconds=None, failure="crashed")
+    carried = store.carried_over(Table("NVIDIA H200", (timed, failed)), device)
+    assert carried.entries[0].seconds == pytest.approx(100e-6 * ratio)
+    assert carried.entries[1] == failed
+    unknown = Table("Voodoo 2", (timed,))
+    assert store.carried_over(unknown, device) is unknown
+
+
+def test_an_h100_is_decided_by_the_h200s_times_until_it_has_its_own(cache):
+    device = GPUS["H100"].device
+    problem = Fc2Problem(64, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+    known = store.measured_for(device)
+    if store.shipped_for(device).gpu == device.name:
+        pytest.skip("it has a table")
+    decision = choose(problem, device, known, "triton")
+    h200 = GPUS["H200"].device
+    assert decision.source == "model" and decision.tactic == choose(problem, h200, store.measured_for(h200), "triton").tactic
+    assert "carried over from NVIDIA H200" in str(decision)
 
 
 def test_shipped_tables_are_whole():
