@@ -1,6 +1,6 @@
 """`python -m bench`: compare FC2 implementations on the device at hand.
 
-Commands: none (the shoot-out), `compare`, `b200`, `import`, `model`; each takes --help.
+Commands: none (the shoot-out), `show`, `compare`, `b200`, `import`, `model`; each takes --help.
 """
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from typing import Optional, Sequence
 from bench import laptop, outputs, shootout
 from bench import options as command_line
 from bench.progress import Progress
-from bench.records import CTRL_C, Results
+from bench.records import CTRL_C, Results, save_unfinished
 from bench.timing import UnavailableMethod
 
 #: Commands by name, each with the module that has its `main(argv) -> int`.
-COMMANDS = {"compare": "bench.compare", "b200": "bench.b200", "import": "bench.importing", "model": "bench.modelled"}
+COMMANDS = {
+    "show": "bench.show",
+    "compare": "bench.compare",
+    "b200": "bench.b200",
+    "import": "bench.importing",
+    "model": "bench.modelled",
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -32,9 +38,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     options = command_line.from_arguments(arguments, parser)
     outputs.check(arguments, parser)
+    keep = (lambda results: save_unfinished(results, arguments.json)) if arguments.json else (lambda results: None)
     try:
         with Progress() as progress:
-            results = shootout.run(options, progress)
+            results = shootout.run(options, progress, keep)
     except UnavailableMethod as error:
         parser.error(str(error))
     outputs.emit(results, arguments)

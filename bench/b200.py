@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 from tabulate import tabulate
 
@@ -20,11 +20,12 @@ from backends.tactic import Tactic
 from bench import options as command_line
 from bench import shootout, tables
 from bench.contestants import BASELINE, short_name
+from bench.environment import describe
 from bench.options import Options
 from bench.peers import published_entries
 from bench.progress import Progress
-from bench.records import CTRL_C, Absent, Results, Row, write_json
-from bench.shootout import Report
+from bench.records import CTRL_C, Absent, Results, Row, save, save_unfinished
+from bench.shootout import Keep, Report
 from dispatch.tune import WorkerDied, WorkerProcess
 
 CAPABILITIES = ((10, 0), (10, 3))
@@ -43,15 +44,15 @@ def check_tactics(
     device: str,
     patience: float,
     report: Report,
-) -> dict[Tactic, str]:
-    """Why each failing tactic fails, "M=129 dense: ..."; tactics that are right everywhere are not in it.
+) -> Iterator[tuple[Tactic, str]]:
+    """Each failing tactic and why, "M=129 dense: ...", as it is found; tactics that are right everywhere do not come.
 
     Args:
         problems: with the form of alpha.
         patience: seconds a tactic may take to compile and run at one problem.
         report: told what is being done, and the share that is done.
     """
-    failures: dict[Tactic, str] = {}
+    failed: set[Tactic] = set()
     worker = None
     total, done = len(problems) * len(tactics), 0
     try:
@@ -60,7 +61,7 @@ def check_tactics(
             for tactic in tactics:
                 report(f"M={problem.m} {alpha}: checking {short_name(tactic)}", done / total)
                 done += 1
-                if tactic in failures or not registry.get(tactic.backend).can_implement(problem, tactic):
+                if tactic in failed or not registry.get(tactic.backend).can_implement(problem, tactic):
                     continue
                 worker = worker or WorkerProcess()
                 try:
@@ -83,11 +84,11 @@ def check_tactics(
                     worker.close()
                     worker, ready, reason = None, False, str(death)
                 if reason:
-                    failures[tactic] = f"M={problem.m} {alpha}: {reason}"
+                    failed.add(tactic)
+                    yield tactic, f"M={problem.m} {alpha}: {reason}"
     finally:
         if worker is not None:
             worker.close()
-    return failures
 
 
 def _ask(worker: WorkerProcess, request: Mapping, seconds: float, what: str) -> None:
@@ -130,10 +131,10 @@ def _dimensions(problem: Fc2Problem) -> tuple[int, int, int, int]:
     return (problem.m, problem.n, problem.k, problem.experts)
 
 
-def measure(options: Options, checked_ms: Sequence[int], patience: float, report: Report) -> Results:
+def measure(options: Options, checked_ms: Sequence[int], patience: float, report: Report, keep: Keep) -> Results:
     """Check all tactics of the options' backends but the baseline, then time those that passed.
 
-    The first quarter of the progress is the checks'.
+    The first quarter of the progress is the checks'. Ctrl-C in it leaves the failures found by then, and no rows.
     """
     info, shape = DeviceInfo.of(options.device), options.shape
     problems = [
@@ -149,22 +150,36 @@ def measure(options: Options, checked_ms: Sequence[int], patience: float, report
         for tactic in dict.fromkeys(t for problem in problems for t in registry.get(name).tactics(problem))
     ]
     points = [(problem, str(form)) for form in options.alphas for problem in problems]
-    failures = check_tactics(
-        points, tactics, str(options.device), patience, lambda text, share: report(text, share / 4)
-    )
+    failures: dict[Tactic, str] = {}
+
+    def with_checks(results: Results) -> Results:
+        checked = {
+            "tactics": len(tactics),
+            "failed": len(failures),
+            "ms": list(checked_ms),
+            "alphas": [str(f) for f in options.alphas],
+        }
+        failed = [Absent(short_name(t), reason, t.to_json()) for t, reason in failures.items()]
+        return replace(
+            results, environment={**results.environment, "checked": checked}, absent=[*results.absent, *failed]
+        )
+
+    try:
+        for tactic, reason in check_tactics(
+            points, tactics, str(options.device), patience, lambda text, share: report(text, share / 4)
+        ):
+            failures[tactic] = reason
+    except KeyboardInterrupt:
+        return with_checks(Results(describe(options.device), interrupted=CTRL_C))
     passed = [tactic for tactic in tactics if tactic not in failures]
     baseline = registry.get(BASELINE).tactics(problems[0]) if BASELINE in options.backends else ()
-    results = shootout.run(
-        replace(options, tactics=(*passed, *baseline)), lambda text, share: report(text, 0.25 + 0.75 * share)
+    return with_checks(
+        shootout.run(
+            replace(options, tactics=(*passed, *baseline)),
+            lambda text, share: report(text, 0.25 + 0.75 * share),
+            lambda results: keep(with_checks(results)),
+        )
     )
-    results.environment["checked"] = {
-        "tactics": len(tactics),
-        "failed": len(failures),
-        "ms": list(checked_ms),
-        "alphas": [str(f) for f in options.alphas],
-    }
-    results.absent += [Absent(short_name(t), reason, t.to_json()) for t, reason in failures.items()]
-    return results
 
 
 def main(argv: Sequence[str]) -> int:
@@ -193,20 +208,21 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        with Progress() as progress:
-            results = measure(options, arguments.checked_m, arguments.patience, progress)
-    except KeyboardInterrupt:
-        print("interrupted while tactics were being checked; nothing was timed", file=sys.stderr)
-        return 130
+    with Progress() as progress:
+        results = measure(
+            options,
+            arguments.checked_m,
+            arguments.patience,
+            progress,
+            lambda results: save_unfinished(results, arguments.out),
+        )
+    save(results, arguments.out)
     print(tables.render(results))
-    print("\n" + beside_published(results.rows))
     checked = results.environment["checked"]
-    print(
-        f"\n{checked['tactics'] - checked['failed']} of {checked['tactics']} tactics are right at M = {checked['ms']}"
-    )
-    with open(arguments.out, "w", encoding="utf-8") as stream:
-        write_json(results, stream)
+    if results.rows:
+        passed = checked["tactics"] - checked["failed"]
+        print("\n" + beside_published(results.rows))
+        print(f"\n{passed} of {checked['tactics']} tactics are right at M = {checked['ms']}")
     print(f"written to {arguments.out}: please send this file back")
     if results.interrupted:
         return 130 if results.interrupted == CTRL_C else 1

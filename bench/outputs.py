@@ -6,12 +6,12 @@ import os
 import sys
 
 from bench import plots, report, tables
-from bench.records import Results, write_csv, write_json
+from bench.records import Results, save, write_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("outputs")
-    group.add_argument("--json", metavar="FILE", help="everything, for `compare`, `import` and other programs")
+    group.add_argument("--json", metavar="FILE", help="everything, for `compare`, `show`, `import`; written after each M")
     group.add_argument("--csv", metavar="FILE", help="one line a row")
     group.add_argument("--markdown", metavar="FILE", help="the tables")
     group.add_argument(
@@ -37,8 +37,7 @@ def emit(results: Results, arguments: argparse.Namespace) -> None:
     """Print the tables and write the files asked for; plots are left out where no row was measured."""
     print(tables.render(results, with_published=arguments.published))
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as stream:
-            write_json(results, stream)
+        save(results, arguments.json)
     if arguments.csv:
         with open(arguments.csv, "w", encoding="utf-8", newline="") as stream:
             write_csv(results, stream)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable, Mapping, Optional, TextIO
 
 from backends.problem import Fc2Problem
@@ -13,6 +14,8 @@ from bench.stats import Summary
 SCHEMA = 1
 #: Why a run ended that its user stopped.
 CTRL_C = "Ctrl-C"
+#: What a file says that was written before the run's end, and is all there is if the process is killed.
+UNFINISHED = "the end of its process"
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,19 @@ def regrets(rows: Iterable[Row]) -> dict[tuple, float]:
 def write_json(results: Results, stream: TextIO) -> None:
     json.dump(results.to_json(), stream, indent=1)
     stream.write("\n")
+
+
+def save(results: Results, path: str) -> None:
+    """Write the JSON form to a file, in one step: whenever the process is killed, the file is whole."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        write_json(results, stream)
+    os.replace(temporary, path)
+
+
+def save_unfinished(results: Results, path: str) -> None:
+    """`save`, marked as unfinished."""
+    save(replace(results, interrupted=results.interrupted or UNFINISHED), path)
 
 
 def read_results(path: str) -> Results:

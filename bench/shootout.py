@@ -42,6 +42,7 @@ LEAST_ITERATIONS = 5
 _CLOCK_EVERY = 10
 
 Report = Callable[[str, float], None]
+Keep = Callable[[Results], None]
 
 
 @dataclass
@@ -64,7 +65,9 @@ class _Entry:
     clocks: Optional[Clocks] = None
 
 
-def run(options: Options, report: Report = lambda text, share: None) -> Results:
+def run(
+    options: Options, report: Report = lambda text, share: None, keep: Keep = lambda results: None
+) -> Results:
     """Measure everything the options ask for.
 
     A first KeyboardInterrupt ends the measuring; what there is by then is checked and returned, marked as interrupted.
@@ -72,6 +75,7 @@ def run(options: Options, report: Report = lambda text, share: None) -> Results:
 
     Args:
         report: told what is being done, and the share of the whole that is done.
+        keep: given what there is after each token count, so that a killed process loses one token count at most.
 
     Raises:
         UnavailableMethod: the timing method does not work here.
@@ -80,7 +84,7 @@ def run(options: Options, report: Report = lambda text, share: None) -> Results:
     results = Results(describe(options.device))
     try:
         with torch.no_grad():
-            for row_or_absent in _measure(options, method, results, report):
+            for row_or_absent in _measure(options, method, results, report, keep):
                 (results.rows if isinstance(row_or_absent, Row) else results.absent).append(row_or_absent)
     except KeyboardInterrupt:
         results.interrupted = CTRL_C
@@ -89,7 +93,9 @@ def run(options: Options, report: Report = lambda text, share: None) -> Results:
     return results
 
 
-def _measure(options: Options, method: str, results: Results, report: Report) -> Iterator[Row | Absent]:
+def _measure(
+    options: Options, method: str, results: Results, report: Report, keep: Keep
+) -> Iterator[Row | Absent]:
     device, shape = options.device, options.shape
     info = DeviceInfo.of(device)
     yield from absent_backends(options.backends, info)
@@ -119,6 +125,7 @@ def _measure(options: Options, method: str, results: Results, report: Report) ->
                 yield found
             if isinstance(found, Absent):
                 seen.add(found)
+        keep(results)
         if stage.interrupted:
             raise KeyboardInterrupt
 

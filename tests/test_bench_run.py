@@ -5,6 +5,10 @@ import argparse
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,7 @@ from dispatch.inputs import (
 from tests.reference import half_ulp, reference
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "--device",
     "cpu",
@@ -327,6 +332,33 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     assert results.interrupted == "Ctrl-C" and {r.problem.m for r in results.rows} == {1, 2}
     assert all(r.iterations == 8 for r in results.rows if r.problem.m == 1)
     assert all(5 <= r.iterations < 8 and r.problem.m == 2 for r in results.rows if r.iterations != 8)
+
+
+def test_a_killed_run_leaves_the_token_counts_it_had_finished(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    script = (
+        "import os, signal, sys\nfrom bench import shootout\nfrom bench.__main__ import main\n"
+        "original = shootout._Stage.measure\n"
+        "def killed(self, alpha, m, *rest):\n"
+        "    if m == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, alpha, m, *rest)\n"
+        "shootout._Stage.measure = killed\nmain(sys.argv[1:])\n"
+    )
+    arguments = [*SMALL, "--m", "1,2,3", "--iterations", "5", "--json", str(path)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    results = read_results(str(path))
+    assert {r.problem.m for r in results.rows} == {1, 2} and results.interrupted == "the end of its process"
+    markdown = tmp_path / "r.md"
+    assert main(["show", str(path), "--markdown", str(markdown)]) == 0
+    assert "Interrupted by the end of its process" in capsys.readouterr().out
+    assert markdown.read_text().count("| torch") == 4
+
+
+def test_show_refuses_what_is_no_result(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    assert main(["show", str(path)]) == 2 and "not a shoot-out result" in capsys.readouterr().err
 
 
 def test_a_device_that_fails_leaves_what_was_measured(monkeypatch, tmp_path, capsys):

@@ -117,9 +117,9 @@ def test_the_check_finds_what_is_wrong_and_keeps_what_is_right():
         (Fc2Problem(m, 128, 512, 4, device_type="cpu"), alpha) for m in (1, 9) for alpha in ("topk:2", "dense")
     ]
     shares = []
-    failures = b200.check_tactics(
-        problems, [TorchTactic(), TorchTactic("cached_weight")], "cpu", 60.0, lambda text, share: shares.append(share)
-    )
+    tactics = [TorchTactic(), TorchTactic("cached_weight")]
+    found = b200.check_tactics(problems, tactics, "cpu", 60.0, lambda text, share: shares.append(share))
+    failures = dict(found)
     assert list(failures) == [TorchTactic("cached_weight")]
     assert re.fullmatch(
         r"M=1 topk:2: wrong result: .* times the accuracy bar", failures[TorchTactic("cached_weight")]
@@ -155,7 +155,7 @@ def test_a_hanging_or_dying_tactic_costs_only_itself(monkeypatch):
     monkeypatch.setattr(b200, "WorkerProcess", Worker)
     tactics = [CuteTactic(), CuteTactic(tile_n=64), CuteTactic(split_k=2), CuteTactic(tile_k=128)]
     problems = [(Fc2Problem(m, 7168, 65536, 256, capability=(10, 0)), "dense") for m in (8, 128)]
-    failures = b200.check_tactics(problems, tactics, "cuda", 30.0, lambda text, share: None)
+    failures = dict(b200.check_tactics(problems, tactics, "cuda", 30.0, lambda text, share: None))
     assert failures == {tactics[1]: "M=8 dense: killed by SIGSEGV", tactics[2]: "M=8 dense: no answer within 30 s"}
     assert Worker.started == 3
 
@@ -171,6 +171,20 @@ def test_a_rehearsal_writes_the_file_to_send(tmp_path, capsys):
         "torch",
         "torch form=cached_weight",
     }
+
+
+def test_an_interrupted_check_leaves_the_failures_found(monkeypatch, tmp_path, capsys):
+    def checks(*arguments):
+        yield TorchTactic("cached_weight"), "M=1 dense: wrong result"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(b200, "check_tactics", checks)
+    path = tmp_path / "out.json"
+    assert main(["b200", "--rehearse", "--device", "cpu", "--backends", "torch", "--out", str(path)]) == 130
+    results = read_results(str(path))
+    assert not results.rows and results.interrupted == "Ctrl-C"
+    assert [a.reason for a in results.absent] == ["M=1 dense: wrong result"]
+    assert "M=1 dense: wrong result" in capsys.readouterr().out
 
 
 def test_our_times_stand_beside_the_published_ones():
@@ -222,7 +236,7 @@ def test_a_default_run_on_a_cpu_also_checks_kernels_and_shows_expectations(monke
         return ""
 
     monkeypatch.setattr(laptop, "_run", run)
-    monkeypatch.setattr(shootout, "run", lambda options, report: Results({**ENVIRONMENT, "device": "CPU (some)"}))
+    monkeypatch.setattr(shootout, "run", lambda options, report, keep: Results({**ENVIRONMENT, "device": "CPU (some)"}))
     assert main(["--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "right: 0.99 of the accuracy bar, 2 results" in printed
