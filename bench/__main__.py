@@ -46,8 +46,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(str(error))
     outputs.emit(results, arguments)
     if options.device.type == "cpu" and not results.interrupted and _is_default(arguments):
-        with Progress() as progress:
-            text = laptop.render(progress)
+        try:
+            with Progress() as progress:
+                text = laptop.render(progress)
+        except KeyboardInterrupt:  # the times are out by now
+            return 130
         print(f"\n{text}")
     return exit_code(results)
 
