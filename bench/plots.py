@@ -146,7 +146,7 @@ def draw_matrix(axes, rows: Sequence[Row]) -> None:
                         f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
                         ha="center",
                         va="center",
-                        fontsize=6,
+                        fontsize=7,
                         color=ink,
                     )
     axes.figure.colorbar(image, ax=axes, label="time over the fastest", ticks=[1, 1.5, 2, 3, 4], format="{x:g}")
@@ -169,7 +169,7 @@ def draw_regret(axes, rows: Sequence[Row]) -> None:
         axes.text(0.5, 0.5, "auto's choice was not among the contestants", ha="center", transform=axes.transAxes)
         return
     _over_m(axes, {row.problem.m for row in rows})
-    axes.set(ylabel="regret, %", title="auto against the fastest measured")
+    axes.set(ylabel="regret, %", title="auto over the fastest")
     axes.set_ylim(bottom=min(-0.5, axes.get_ylim()[0]), top=max(5.0, axes.get_ylim()[1]))
     axes.legend(fontsize=7)
 
@@ -188,13 +188,13 @@ def _draw_all(rows: Sequence[Row], results: Results, with_published: bool):
     return (
         (lambda axes: draw_time(axes, rows, results.environment["device"], with_published), 7.0, 4.6),
         (lambda axes: draw_roofline(axes, rows, results.environment.get("ceilings")), 7.0, 4.6),
-        (lambda axes: draw_matrix(axes, rows), 7.0, max(3.0, 1.2 + 0.17 * tactics)),
-        (lambda axes: draw_regret(axes, rows), 7.0, 3.0),
+        (lambda axes: draw_matrix(axes, rows), 14.0, max(3.0, 1.2 + 0.17 * tactics)),
+        (lambda axes: draw_regret(axes, rows), 14.0, 3.0),
     )
 
 
-def svgs(rows: Sequence[Row], results: Results, with_published: bool = False) -> list[str]:
-    """Every plot of a panel as an `<svg>` element; text stays text."""
+def svgs(rows: Sequence[Row], results: Results, with_published: bool = False) -> list[tuple[str, bool]]:
+    """Every plot of a panel as an `<svg>` element, and whether it is a wide one; text stays text."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -207,7 +207,7 @@ def svgs(rows: Sequence[Row], results: Results, with_published: bool = False) ->
             stream = io.StringIO()
             figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
         text = stream.getvalue()
-        found.append(text[text.index("<svg") :])
+        found.append((text[text.index("<svg") :], width > 7.0))
     return found
 
 
@@ -224,10 +224,12 @@ def write_png(results: Results, path: str, with_published: bool = False) -> None
     figure = Figure((14.0, sum(heights) + 0.6), layout="constrained", dpi=110)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for number, rows in enumerate(groups):
-        draws = [plot[0] for plot in _draw_all(rows, results, with_published)]
+        all_plots = _draw_all(rows, results, with_published)
         for half in (0, 1):
-            part = parts[2 * number + half]
-            for axes, draw in zip(part.subplots(1, 2), draws[2 * half : 2 * half + 2]):
+            pair = all_plots[2 * half : 2 * half + 2]
+            ratios = (2, 1) if half else (1, 1)  # the names of tactics take half of the heat map's width
+            places = parts[2 * number + half].subplots(1, 2, width_ratios=ratios)
+            for axes, (draw, _, _) in zip(places, pair):
                 draw(axes)
         parts[2 * number].suptitle(panel_title(rows[0], results), fontsize=10)
     figure.savefig(path)

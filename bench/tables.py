@@ -7,9 +7,11 @@ from tabulate import tabulate
 
 from bench.peers import published
 from bench.records import Results, Row, competitors, fastest, regrets
+from bench.series import panels
 
 HEADERS = ("", "backend and tactic", "us", "p10", "p90", "x torch", "TFLOPS", "GB/s", "% floor", "error", "notes")
-TEXT_COLUMNS = ("", "backend and tactic", "notes")
+SUMMARY_HEADERS = ("M", "fastest", "us", "x torch", "TFLOPS", "GB/s", "% floor", "auto")
+TEXT_COLUMNS = ("", "backend and tactic", "notes", "fastest")
 
 LEGEND = """\
 us: median of a call; p10, p90: the middle 80% of the samples. x torch: how much faster than the faster torch row.
@@ -27,23 +29,22 @@ def render(results: Results, style: str = "simple", with_published: bool = False
         with_published: append the published B200 times of the same shape and M.
 
     Returns:
-        a paragraph on where it was measured, the tables, who was absent and why, and the legend.
+        a paragraph on where it was measured, the tables, a summary over M, who was absent and why, and the legend.
     """
-    parts = [headline(results)]
     regret = regrets(results.rows)
+    heading = "### " if style == "github" else ""
+    details, summaries = [], []
     for rows in competitors(results.rows).values():
-        title = f"### {caption(rows[0])}" if style == "github" else caption(rows[0])
         lines = [cells(row, rows, regret) for row in rows]
         lines += _published_cells(rows[0]) if with_published else []
-        shown = [column for column in range(len(HEADERS)) if any(line[column] for line in lines)]
-        table = tabulate(
-            [[line[column] for column in shown] for line in lines],
-            [HEADERS[column] for column in shown],
-            tablefmt=style,
-            disable_numparse=True,
-            colalign=["left" if HEADERS[column] in TEXT_COLUMNS else "right" for column in shown],
-        )
-        parts.append(f"{title}\n\n{table}")
+        details.append(f"{heading}{caption(rows[0])}\n\n{_table(HEADERS, lines, style)}")
+    for rows in panels(results.rows).values():
+        lines = summary(rows, regret)
+        if len(lines) > 1:
+            title = f"{heading}Fastest right results, alpha {rows[0].alpha}"
+            summaries.append(f"{title}\n\n{_table(SUMMARY_HEADERS, lines, style)}")
+    # A file is read from its beginning, a terminal from its end.
+    parts = [headline(results), *(summaries + details if style == "github" else details + summaries)]
     if results.absent:
         absent = tabulate([(a.label, a.reason) for a in results.absent], ("did not run", "reason"), tablefmt=style)
         parts.append(absent)
@@ -52,6 +53,32 @@ def render(results: Results, style: str = "simple", with_published: bool = False
     if results.rows:
         parts.append(f"```\n{LEGEND}\n```" if style == "github" else LEGEND)
     return "\n\n".join(parts)
+
+
+def filled(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines without the columns that are empty."""
+    shown = [column for column in range(len(headers)) if any(line[column] for line in lines)]
+    return [headers[column] for column in shown], [[line[column] for column in shown] for line in lines]
+
+
+def _table(headers: Sequence[str], lines: Sequence[Sequence[str]], style: str) -> str:
+    headers, lines = filled(headers, lines)
+    align = ["left" if header in TEXT_COLUMNS else "right" for header in headers]
+    return tabulate(lines, headers, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def summary(rows: Sequence[Row], regret: dict[tuple, float]) -> list[list[str]]:
+    """A line of `SUMMARY_HEADERS` for each token count: its fastest right row, and what auto loses on those weights."""
+    lines = []
+    for group in competitors(rows).values():
+        best = fastest(group)
+        if best is None:
+            continue
+        _, _, us, _, _, speedup, tflops, gbps, percent, _, _ = cells(best, group, regret)
+        same_weights = (row for row in group if row.problem.b_layout == best.problem.b_layout)
+        lost = next((f"+{100 * regret[row.key]:.1f}%" for row in same_weights if row.key in regret), "")
+        lines.append([str(best.problem.m), best.label, us, speedup, tflops, gbps, percent, lost])
+    return lines
 
 
 def headline(results: Results) -> str:

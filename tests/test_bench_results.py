@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench import compare
+from bench import tables
 from bench.__main__ import main
 from bench.clocks import Clocks
 from bench.contestants import matches, short_name
@@ -199,6 +200,18 @@ def test_table_marks_what_matters():
     assert "timed with events" in line["torch(form=experts)"]
     assert "misses the accuracy bar" in line["torch(form=cached_weight)"]
     assert "needs an SM 10.0 or 10.3 GPU" in text and LEGEND in text
+
+
+def test_a_summary_names_the_fastest_right_row_of_each_m():
+    rows = shoot_out(ms=(1, 128)).rows
+    text = tables.render(shoot_out(ms=(1, 128)))
+    assert text.count("Fastest right results") == 2  # one a form of alpha
+    lines = tables.summary([r for r in rows if r.alpha == "dense"], tables.regrets(rows))
+    best = [fastest(r for r in rows if r.alpha == "dense" and r.problem.m == m) for m in (1, 128)]
+    assert [line[:3] for line in lines] == [[str(r.problem.m), r.label, f"{r.time.median:.1f}"] for r in best]
+    wrong = [row(us=10.0, error_over_bar=40.0)]
+    assert tables.summary(wrong, {}) == []
+    assert "Fastest right" not in tables.render(shoot_out(ms=(1,)))
 
 
 def test_speedup_is_over_the_faster_torch_row():
