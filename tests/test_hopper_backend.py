@@ -27,6 +27,7 @@ TARGET = Fc2Problem(128, 7168, 65536, 256, b_layout=PREPARED, capability=(9, 0))
         (TARGET, HopperTactic(rows=48), "rows is 48; it takes 32 or 64"),
         (TARGET, HopperTactic(phases=9), "phases is 9"),
         (TARGET, HopperTactic(slots=3), "slots is 3; it takes 4 to"),
+        (TARGET, HopperTactic(cluster=4), "cluster is 4; it takes 1 or 2"),
         (replace(TARGET, k=256 * 40000, experts=40000), HopperTactic(), "E is 40000"),
     ],
 )
@@ -52,6 +53,20 @@ def test_every_tactic_fits(m, n, k, experts):
             config = stream_config(problem, tactic, tokens)
             assert config.tokens >= tokens and config.offsets()["end"] <= SMEM_BYTES
             assert config.phases <= config.stages and config.threads <= 1024
+
+
+@pytest.mark.parametrize("n, rows", [(7168, 64), (4096, 32)])
+def test_clusters_are_tried_from_192_tokens_on(n, rows):
+    assert {t.cluster for t in rules.tactics(replace(TARGET, n=n, m=191))} == {1}
+    for m in (192, 512, 700):
+        default, *others = rules.tactics(replace(TARGET, n=n, m=m))
+        assert default.cluster == 1 and rows in {t.rows for t in others if t.cluster == 2}
+
+
+def test_names_of_tactics():
+    """A cluster of one is not part of the name by which tables know the tactic."""
+    assert str(HopperTactic(64, 5, 12)) == "hopper(rows=64,phases=5,slots=12)"
+    assert str(HopperTactic(64, 5, 12, 2)) == "hopper(rows=64,phases=5,slots=12,cluster=2)"
 
 
 def test_passes_make_up_the_call():

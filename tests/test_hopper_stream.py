@@ -1,6 +1,8 @@
 """The streaming kernel for SM 9.0 on the emulator: race checks on, and the elementwise float64 bar."""
 from __future__ import annotations
 
+import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
+from backends.cute import resources
+from backends.hopper import compiler
 from backends.hopper.stream_plan import SMEM_BYTES, StreamConfig
 from backends.hopper.tactic import HopperTactic, stream_config, tactics
 from backends.problem import Fc2Problem
@@ -37,18 +41,22 @@ def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
         (replace(SMALL, rows=32, phases=3, stages=4, experts=9, chunks=2), 40, 70),
         (replace(SMALL, tokens=384, experts=4, stages=2, slots=4), 96, 64),  # about 24 tokens an expert
         (replace(SMALL, rows=32, phases=8, stages=8, slots=5, tokens=128, experts=3), 129 - 1, 40),
+        (replace(SMALL, cluster=2), 7, 50),  # all rows of the second CTA lie past the last
+        (replace(SMALL, phases=3, slots=5, cluster=2, out_dtype="float32"), 48, 192),  # two clusters for three strips
+        (replace(SMALL, rows=32, experts=9, chunks=2, slots=6, cluster=2), 12, 70),
     ],
-    ids=lambda value: f"{value.rows}x{value.phases}" if isinstance(value, StreamConfig) else None,
+    ids=lambda value: f"{value.rows}x{value.phases}x{value.cluster}" if isinstance(value, StreamConfig) else None,
 )
 def test_quarter_of_alpha(config, m, n, schedule) -> None:
     alpha = quarter(m, config.experts, torch.Generator().manual_seed(m))
     emulation.run(config, m, n, alpha, seed=m, schedule=schedule)
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("kind", ["zero", "one_hot", "one_expert"])
-def test_alpha_forms(kind) -> None:
+def test_alpha_forms(kind, cluster) -> None:
     """One expert for 64 tokens takes twice as many slots as there are."""
-    emulation.run(replace(SMALL, experts=6), 64, 96, kind, schedule="lazy")
+    emulation.run(replace(SMALL, experts=6, cluster=cluster), 64, 96, kind, schedule="lazy")
 
 
 def test_one_expert_of_many_tokens() -> None:
@@ -58,10 +66,11 @@ def test_one_expert_of_many_tokens() -> None:
     emulation.run(config, 200, 64, alpha, schedule="random")
 
 
-def test_nothing_is_written_where_alpha_is_dense() -> None:
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_nothing_is_written_where_alpha_is_dense(cluster) -> None:
     """The dense kernel takes that call."""
     with pytest.raises(AssertionError, match="got nan"):
-        emulation.run(SMALL, 8, 64, "dense")
+        emulation.run(replace(SMALL, cluster=cluster), 8, 64, "dense")
 
 
 def test_schedules_agree_bit_for_bit() -> None:
@@ -81,6 +90,41 @@ def test_division_of_the_work_changes_no_bit() -> None:
     variants = [config, replace(config, phases=4, stages=6, slots=9), replace(config, rows=32, phases=5, stages=5)]
     first, *others = (emulation.run(v, 40, 64, alpha, seed=1)[0] for v in variants)
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("slots", [4, 5])
+def test_a_cluster_changes_no_bit_and_copies_activations_once(slots) -> None:
+    """On any schedule of the two CTAs; with an odd number of slots each of them is filled by both in turn."""
+    alone = replace(SMALL, experts=8, slots=slots, out_dtype="float32")
+    alpha = quarter(40, 8, torch.Generator().manual_seed(9))
+    expected, report = emulation.run(alone, 40, 128, alpha, seed=3)
+    weights = 2 * 8 * alone.stage_bytes
+    activations = report.counter("bulk copy bytes") - weights
+    assert activations > 0
+    for schedule, seed in (("eager", 0), ("lazy", 0), *(("random", seed) for seed in range(2))):
+        out, shared = emulation.run(
+            replace(alone, cluster=2), 40, 128, alpha, seed=3, schedule=schedule, emulator_seed=seed
+        )
+        assert torch.equal(out, expected)
+        assert 2 * (shared.counter("bulk copy bytes") - weights) == activations
+
+
+@pytest.mark.parametrize("tokens", [256, 512])
+def test_machine_code_of_a_cluster(tokens, tmp_path) -> None:
+    """Nothing spilled, no more registers than a multiprocessor has for all threads, and one multicast per copy."""
+    tools = [resources.find_tool(name) for name in ("cuobjdump", "nvdisasm")]
+    problem = Fc2Problem(tokens, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+    config = stream_config(problem, HopperTactic(64, 5, 12, 2), tokens)
+    cubin = tmp_path / "stream.cubin"
+    options = f"--keep-cubin --dump-dir={tmp_path}"
+    cubin.write_bytes(compiler.compile_kernel(config, options=options).artifacts.CUBIN)
+    usage, code = (
+        subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+        for tool, option in zip(tools, ("--dump-resource-usage", "-c"))
+    )
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 65536 // config.threads // 8 * 8
+    assert "STACK:0 " in usage and not re.search(r"\b(LDL|STL)\b", code)
+    assert len(re.findall(r"\bUBLKCP\S*\.MULTICAST", code)) == 3
 
 
 @pytest.mark.parametrize("m", [1, 64, 65, 200, 384, 512])

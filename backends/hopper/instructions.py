@@ -78,12 +78,18 @@ def store4(address: Int32, values: tuple) -> None:
     ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values))
 
 
-def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32) -> None:
-    """Start a copy of `size` bytes from global to shared memory, which arrives at `barrier` with its bytes."""
-    ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
-        (), (target, source, size, barrier),
-    )  # fmt: skip
+def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32, ctas: int = 1) -> None:
+    """Start a copy of `size` bytes from global to shared memory, which arrives at `barrier` with its bytes.
+
+    Args:
+        ctas: of the cluster that all get it, at the same place and counted by the same barrier of each.
+    """
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    if ctas == 1:
+        ptx(f"{copy} [$0], [$1], $2, [$3];", (), (target, source, size, barrier))
+    else:
+        shared = f"{copy}.multicast::cluster [$0], [$1], $2, [$3], m;"
+        ptx(f"{{ .reg .b16 m; mov.b16 m, {(1 << ctas) - 1}; {shared} }}", (), (target, source, size, barrier))
 
 
 def split_scales(word: Int32, half: int) -> tuple[Int32, Int32]:

@@ -7,7 +7,7 @@ float32 sums of all tokens in shared memory: there are no partial sums to add up
 
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, eight tokens to a
-  slot of a second ring;
+  slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
@@ -66,8 +66,10 @@ class StreamKernel:
             out: [tokens, hidden].
         """
         self.kernel(w_data, w_scale, gathered, counts, token_of, weight_of, out, tokens, hidden).launch(
-            grid=(cute.ceil_div(hidden, self.config.rows), 1, 1),
+            # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
+            grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, 1, 1),
             block=(self.config.threads, 1, 1),
+            cluster=(self.config.cluster, 1, 1) if self.config.cluster > 1 else None,
             smem=self.offset["end"],
             stream=stream,
             min_blocks_per_mp=1,
@@ -93,6 +95,8 @@ class StreamKernel:
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
         cute.arch.sync_threads()
         if warp == 0:
             self._list_experts(smem, counts, lane)
@@ -107,7 +111,12 @@ class StreamKernel:
                 else:
                     self.load(smem, barriers, used, w_data, w_scale, hidden)
             cute.arch.sync_threads()
+            # No CTA may leave while its peer still signals its barriers.
+            if cutlass.const_expr(config.cluster > 1):
+                cute.arch.cluster_arrive()
             self._store(smem, out, tokens, hidden, warp, lane)
+            if cutlass.const_expr(config.cluster > 1):
+                cute.arch.cluster_wait()
 
     def _barrier(self, barriers: cute.Pointer, kind: str, index) -> cute.Pointer:
         return barriers + (self.barrier[kind] + index)
@@ -115,12 +124,15 @@ class StreamKernel:
     @cute.jit
     def _start_barriers(self, barriers: cute.Pointer, thread: Int32):
         if thread == 0:
-            arrivals = {"weights_empty": self.config.blocks, "slot_empty": self.config.blocks}
+            arrivals = {"weights_empty": self.config.blocks, "slot_empty": self.config.blocks * self.config.cluster}
             kinds = list(self.barrier)
             for kind, following in zip(kinds, kinds[1:]):
                 for i in cutlass.range_constexpr(self.barrier[kind], self.barrier[following]):
                     cute.arch.mbarrier_init(barriers + i, arrivals.get(kind, 1))
             cute.arch.mbarrier_init_fence()
+        # Awaited before anything is copied: a peer's copies and arrivals need barriers that exist. The fence suffices.
+        if cutlass.const_expr(self.config.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
 
     @cute.jit
     def _list_experts(self, smem: Int32, counts: cute.Pointer, lane: Int32):
@@ -183,8 +195,13 @@ class StreamKernel:
         self, smem: Int32, barriers: cute.Pointer, groups: Int32, gathered: cute.Pointer, token_of: cute.Pointer,
         weight_of: cute.Pointer, tokens: Int32,
     ):  # fmt: skip
-        """One lane: copy slot after slot of gathered activations, with its tokens and their alpha."""
+        """One lane: copy slot after slot of gathered activations, with its tokens and their alpha.
+
+        The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
+        have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
+        """
         config = self.config
+        rank = cute.arch.block_idx()[0] % config.cluster
         width = Int64(cute.ceil_div(tokens, 16) * 16)
         entry, chunk, group = Int32(0), Int32(0), Int32(0)
         packed = ins.load1(smem + self.offset["table"])
@@ -202,12 +219,14 @@ class StreamKernel:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
             full = self._barrier(barriers, "slot_full", place)
             cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)
-            target = smem + self.offset["activations"] + place * SLOT_BYTES
-            source = Int64(gathered.toint()) + (first // GROUP * config.chunks + chunk) * SLOT_BYTES
-            ins.copy_bulk(target, source, Int32(SLOT_BYTES), Int32(full.toint()))
-            header = smem + self.offset["headers"] + place * HEADER_BYTES
-            ins.copy_bulk(header, Int64(token_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
-            ins.copy_bulk(header + 32, Int64(weight_of.toint()) + first * 4, Int32(32), Int32(full.toint()))
+            if slot % config.cluster == rank:
+                target = smem + self.offset["activations"] + place * SLOT_BYTES
+                source = Int64(gathered.toint()) + (first // GROUP * config.chunks + chunk) * SLOT_BYTES
+                header = smem + self.offset["headers"] + place * HEADER_BYTES
+                barrier = Int32(full.toint())
+                ins.copy_bulk(target, source, Int32(SLOT_BYTES), barrier, config.cluster)
+                ins.copy_bulk(header, Int64(token_of.toint()) + first * 4, Int32(32), barrier, config.cluster)
+                ins.copy_bulk(header + 32, Int64(weight_of.toint()) + first * 4, Int32(32), barrier, config.cluster)
             group += 1
 
     @cute.jit
@@ -293,8 +312,10 @@ class StreamKernel:
             weights.append(ins.load2_if(listed, header + 32, (zero, zero)))
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(width):
-            if (lane == 0) & (i < left):
-                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]))
+            # To all CTAs of the cluster, any of which may fill the slot next.
+            if (lane < config.cluster) & (i < left):
+                peer = lane if config.cluster > 1 else None
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]), peer)
         base = smem + self.offset["sums"] + block * 128
         targets, old = [], []
         for i in cutlass.range_constexpr(width):

@@ -25,6 +25,7 @@ class StreamConfig:
         tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
         experts, chunks: E, and I / 256.
         out_dtype: "bfloat16", "float16" or "float32".
+        cluster: CTAs with neighbouring rows that share every copy of activations, 1 or 2.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class StreamConfig:
     experts: int
     chunks: int
     out_dtype: str
+    cluster: int = 1
 
     @property
     def blocks(self) -> int:

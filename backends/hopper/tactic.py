@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
@@ -32,12 +32,18 @@ class HopperTactic(Tactic):
         rows: of B per CTA, 32 or 64.
         phases: items (an expert's 256 values of K) in work at once, each by one warp per 32 rows.
         slots: groups of 8 tokens of activations in shared memory. Weights take what is left, up to 16 stages.
+        cluster: CTAs with neighbouring rows that share every copy of activations, 1 or 2.
     """
 
     backend = "hopper"
     rows: int = 64
     phases: int = 4
     slots: int = 12
+    cluster: int = 1
+
+    def __str__(self) -> str:
+        """Without a cluster of one: the models of tables made before it know tactics by this text."""
+        return super().__str__().replace(",cluster=1)", ")")
 
 
 def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
@@ -59,6 +65,8 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
         return Support(False, f"phases is {tactic.phases}; {tactic.rows} rows take 1 to {most}")
     if not 4 <= tactic.slots <= 16:
         return Support(False, f"slots is {tactic.slots}; it takes 4 to 16")
+    if tactic.cluster not in (1, 2):
+        return Support(False, f"cluster is {tactic.cluster}; it takes 1 or 2")
     if stream_config(problem, tactic, min(problem.m, PASS_TOKENS)) is None:
         return Support(False, f"shared memory ({SMEM_BYTES} bytes) does not hold the sums, {tactic.slots} slots and {tactic.phases} stages")
     return SUPPORTED
@@ -72,7 +80,7 @@ def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> Str
     for stages in range(_MAX_STAGES, tactic.phases - 1, -1):
         config = StreamConfig(
             tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
-            problem.intermediate // CHUNK, dtype_name(problem.out_dtype),
+            problem.intermediate // CHUNK, dtype_name(problem.out_dtype), tactic.cluster,
         )  # fmt: skip
         if config.offsets()["end"] <= SMEM_BYTES:
             return config
@@ -109,4 +117,7 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
     """The default and its neighbours, those that can be implemented, without repetition."""
     base = default_tactic(problem)
     grid = [base, HopperTactic(), HopperTactic(64, 5, 12), HopperTactic(64, 7, 14), HopperTactic(32, 8, 12), HopperTactic(32, 8, 8)]
+    # From here on a strip reads more than half as many bytes of activations as of weights (top-8 of 256 experts).
+    if problem.m >= 192:
+        grid += [replace(base, cluster=2), HopperTactic(64, 7, 14, 2), HopperTactic(64, 4, 14, 2)]
     return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
