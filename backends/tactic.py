@@ -4,6 +4,7 @@ Tactics are stored by name, never by index, so that a file written by one versio
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Mapping
 
@@ -46,5 +47,10 @@ class Tactic:
         return cls(**values)
 
     def __str__(self) -> str:
-        shown = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        return f"{self.backend}({shown})"
+        return _text(self)
+
+
+@functools.lru_cache(maxsize=4096)  # decisions order tactics by it
+def _text(tactic: Tactic) -> str:
+    shown = ",".join(f"{f.name}={getattr(tactic, f.name)}" for f in fields(tactic))
+    return f"{tactic.backend}({shown})"

@@ -241,7 +241,7 @@ class _Field:
 
     def _order(self, tactic: Tactic) -> tuple:
         name = tactic.backend
-        return (self.names.index(name), tactic != self.defaults[name], _text(tactic))
+        return (self.names.index(name), tactic != self.defaults[name], str(tactic))
 
     # What is said about it
 
@@ -275,9 +275,6 @@ class _Field:
         if taken == "torch" and shown:
             return f"only the slow torch baseline can run this call ({shown})"
         return ""
-
-
-_text = functools.lru_cache(maxsize=4096)(str)
 
 
 def _names(backend: str, pin: Optional[Pin]) -> list[str]:

@@ -146,6 +146,7 @@ def register_columns(tile_n: int) -> int:
     return tile_n if tile_n <= 128 else 64
 
 
+@functools.lru_cache(maxsize=4096)  # a list of tactics asks for hundreds
 def check_tactic(tactic: CuteTactic) -> Support:
     """Whether the kernel exists for this tactic, whatever the problem."""
     tile, cluster = (tactic.tile_m, tactic.tile_n), (tactic.cluster_m, tactic.cluster_n)
@@ -225,12 +226,16 @@ def all_kernels() -> list[CuteTactic]:
 
 def tactics(problem: Fc2Problem) -> list[CuteTactic]:
     """The tactics worth timing: every kernel with split_k 1, 2, 4 and stream-K; with `skip`, 1 and stream-K."""
-    return [
-        tactic
+    return [tactic for tactic in _divided_kernels() if check_problem(problem, tactic)]
+
+
+@functools.lru_cache(maxsize=None)
+def _divided_kernels() -> tuple[CuteTactic, ...]:
+    return tuple(
+        replace(kernel, split_k=split_k)
         for kernel in all_kernels()
         for split_k in ((1, STREAM_K) if kernel.skip else (1, 2, 4, STREAM_K))
-        if check_problem(problem, tactic := replace(kernel, split_k=split_k))
-    ]
+    )
 
 
 def default_tactic(problem: Fc2Problem) -> CuteTactic:
