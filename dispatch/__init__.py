@@ -4,6 +4,7 @@
 """
 from backends import Fc2Backend, Fc2Problem, Nvfp4Tensor, PreparedOperand, Support, Tactic
 from backends import pack_experts, quantize_nvfp4, register
+from dispatch import library  # noqa: F401  (defines the operators that graphs call)
 from dispatch.api import backends, explain, fc2, prepare
 from dispatch.execute import fold_scales
 from dispatch.errors import ArgumentError, ArgumentTypeError, Fc2Error, NotCompiledError, PerformanceWarning

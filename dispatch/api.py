@@ -15,7 +15,6 @@ from dispatch.arguments import check_operands, check_out
 from dispatch.choice import choose
 from dispatch.errors import ArgumentError
 from dispatch.execute import decide, run_fc2
-from dispatch.library import traced_fc2
 from dispatch.pins import TacticLike
 from dispatch.report import Decision
 
@@ -61,6 +60,8 @@ def fc2(
         NotCompiledError: called during a CUDA graph capture before the kernel was compiled.
     """
     if torch.compiler.is_compiling():
+        from dispatch.tracing import traced_fc2
+
         return traced_fc2(a, b, alpha, backend, out_dtype, out, tactic)
     return run_fc2(a, b, alpha, backend, out_dtype, out, tactic)
 

@@ -1,6 +1,7 @@
 """fc2 as operators of `torch.library`, so that `torch.compile` and export see one opaque call with known shapes.
 
-Eager calls do not pass through here: the dispatcher's boxing would cost them more than their own checks do.
+Eager calls do not pass through here: the dispatcher's boxing would cost them more than their own checks do. What is
+traced calls them in `dispatch.tracing`.
 """
 from __future__ import annotations
 
@@ -9,10 +10,9 @@ from typing import Optional
 
 import torch
 
-from backends.interface import Operand
 from backends.operand import Nvfp4Tensor, PreparedOperand
-from dispatch.execute import fold_scales, run_fc2
-from dispatch.pins import Pin, TacticLike
+from dispatch.execute import run_fc2
+from dispatch.pins import Pin
 
 _library = torch.library.Library("fc2_dispatch", "DEF")
 _OPERANDS = (
@@ -21,30 +21,6 @@ _OPERANDS = (
 )
 _library.define(f"fc2({_OPERANDS}, ScalarType out_dtype) -> Tensor")
 _library.define(f"fc2_out({_OPERANDS}, Tensor(a!) out) -> ()")
-
-
-def traced_fc2(
-    a: Nvfp4Tensor,
-    b: Operand,
-    alpha: torch.Tensor,
-    backend: str,
-    out_dtype: torch.dtype,
-    out: Optional[torch.Tensor],
-    tactic: TacticLike,
-) -> torch.Tensor:
-    """`fc2` as `torch.compile` traces it: the scale folding as plain operations, then one operator."""
-    encoded = "" if tactic is None else _encode(tactic)
-    alpha = fold_scales(alpha, a, b)
-    operands = (a.data, a.scale, a.layout, b.data, b.scale, b.layout, b.shape[0], alpha, backend, encoded)
-    if out is None:
-        return torch.ops.fc2_dispatch.fc2(*operands, out_dtype)
-    torch.ops.fc2_dispatch.fc2_out(*operands, out)
-    return out
-
-
-@torch.compiler.assume_constant_result
-def _encode(tactic: TacticLike) -> str:
-    return json.dumps(Pin.of(tactic).to_json())
 
 
 def _run(
