@@ -49,6 +49,20 @@ class Tactic:
     def __str__(self) -> str:
         return _text(self)
 
+    @property
+    def brief(self) -> str:
+        """For people: the backend, tile and cluster as "(128,64)@(1,2)" where there are such fields, and fields off
+        their defaults. Tells the tactics of one backend apart."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = []
+        if {"tile_m", "tile_n", "cluster_m", "cluster_n"} <= values.keys():
+            tile = (values.pop("tile_m"), values.pop("tile_n"))
+            cluster = (values.pop("cluster_m"), values.pop("cluster_n"))
+            parts.append("({},{})@({},{})".format(*tile, *cluster))
+        defaults = {f.name: f.default for f in fields(self)}
+        parts += [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
+        return " ".join([self.backend, *parts])
+
 
 @functools.lru_cache(maxsize=4096)  # decisions order tactics by it
 def _text(tactic: Tactic) -> str:

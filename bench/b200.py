@@ -19,7 +19,7 @@ from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from bench import options as command_line
 from bench import shootout, tables
-from bench.contestants import BASELINE, short_name
+from bench.contestants import BASELINE
 from bench.environment import describe
 from bench.options import Options
 from bench.peers import published_entries
@@ -59,7 +59,7 @@ def check_tactics(
         for problem, alpha in problems:
             ready = False
             for tactic in tactics:
-                report(f"M={problem.m} {alpha}: checking {short_name(tactic)}", done / total)
+                report(f"M={problem.m} {alpha}: checking {tactic.brief}", done / total)
                 done += 1
                 if tactic in failed or not registry.get(tactic.backend).can_implement(problem, tactic):
                     continue
@@ -114,7 +114,7 @@ def beside_published(rows: Sequence[Row]) -> str:
         lines.append(
             (
                 entry.source,
-                short_name(entry.tactic),
+                entry.tactic.brief,
                 entry.problem.m,
                 "" if before is None else f"{before:.1f}",
                 f"{entry.seconds * 1e6:.1f}",
@@ -159,7 +159,7 @@ def measure(options: Options, checked_ms: Sequence[int], patience: float, report
             "ms": list(checked_ms),
             "alphas": [str(f) for f in options.alphas],
         }
-        failed = [Absent(short_name(t), reason, t.to_json()) for t, reason in failures.items()]
+        failed = [Absent(t.brief, reason, t.to_json()) for t, reason in failures.items()]
         return replace(
             results, environment={**results.environment, "checked": checked}, absent=[*results.absent, *failed]
         )

@@ -1,7 +1,7 @@
 """Who takes part at a problem: pairs of a tactic and a form of the weights, and the reasons of those who do not."""
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
 
 from backends import registry
@@ -34,20 +34,7 @@ class Contestant:
     @property
     def label(self) -> str:
         """Unique among the contestants of one problem."""
-        return short_name(self.tactic) + (" prepared" if "/" in self.form else "")
-
-
-def short_name(tactic: Tactic) -> str:
-    """The backend, tile and cluster as "(128,64)@(1,2)" where there are such fields, and fields off their defaults."""
-    values = {f.name: getattr(tactic, f.name) for f in fields(tactic)}
-    parts = []
-    if {"tile_m", "tile_n", "cluster_m", "cluster_n"} <= values.keys():
-        tile = (values.pop("tile_m"), values.pop("tile_n"))
-        cluster = (values.pop("cluster_m"), values.pop("cluster_n"))
-        parts.append("({},{})@({},{})".format(*tile, *cluster))
-    defaults = {f.name: f.default for f in fields(tactic)}
-    parts += [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
-    return " ".join([tactic.backend, *parts])
+        return self.tactic.brief + (" prepared" if "/" in self.form else "")
 
 
 def absent_backends(names: Sequence[str], device: DeviceInfo) -> list[Absent]:

@@ -20,7 +20,6 @@ from tabulate import tabulate
 
 from backends import registry
 from backends.problem import Fc2Problem
-from bench.contestants import short_name
 from bench.options import GPU_SHAPE
 from bench.peers import is_published
 from bench.shootout import Report
@@ -139,7 +138,7 @@ def expectations() -> str:
             expected = _microseconds(decision.seconds)
             floor = _microseconds(floor_seconds(problem, gpu))
             source = measured_by if decision.source == "measured" else decision.source
-            lines.append((gpu.name, m, short_name(decision.tactic), source, expected, floor))
+            lines.append((gpu.name, m, decision.tactic.brief, source, expected, floor))
     headers = ("GPU", "M", "auto takes", "chosen by", "expected us", "dense floor us")
     return tabulate(
         lines, headers, disable_numparse=True, colalign=("left", "right", "left", "left", "right", "right")

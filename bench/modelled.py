@@ -13,7 +13,6 @@ from typing import Optional, Sequence
 from tabulate import tabulate
 
 from bench import plots
-from bench.contestants import short_name
 from dispatch.calibrate import fitted, gpu_of_table, leave_one_out, summary
 from dispatch.hardware import GPUS, Gpu, floor_seconds
 from dispatch.measured import Entry, Table
@@ -77,7 +76,7 @@ def render(table: Table, rows: Sequence[Predicted]) -> str:
         (
             row.entry.problem.m,
             row.entry.alpha,
-            short_name(row.entry.tactic),
+            row.entry.tactic.brief,
             row.entry.source,
             f"{row.us:.1f}",
             *_with_error(row.fitted, row.us),

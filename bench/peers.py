@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
-from bench.contestants import short_name
 from dispatch.measured import Entry
 from dispatch.store import shipped_tables
 
@@ -55,7 +54,7 @@ def published(n: int, k: int, experts: int) -> list[Peer]:
     for entry in published_entries():
         p = entry.problem
         if (p.n, p.k, p.experts) == (n, k, experts):
-            found.setdefault((entry.source, short_name(entry.tactic)), {})[p.m] = entry.seconds * 1e6
+            found.setdefault((entry.source, entry.tactic.brief), {})[p.m] = entry.seconds * 1e6
     return [
         Peer(f"{tactic} [{source}]", PUBLISHED_GPU, dict(sorted(times.items())), f"published in {source}")
         for (source, tactic), times in found.items()

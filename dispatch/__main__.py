@@ -15,6 +15,7 @@ from backends import registry
 from backends.device import DeviceInfo
 from backends.problem import OUT_DTYPES, Fc2Problem
 from dispatch import calibrate, environment, store
+from dispatch.api import preparer
 from dispatch.choice import choose
 from dispatch.errors import ArgumentError, Fc2Error
 from dispatch.hardware import GPUS
@@ -23,6 +24,8 @@ from dispatch.pins import Pin
 from dispatch.shapes import SHAPES
 from dispatch.tune import ROUNDS, autotune, judge
 
+#: `--b-layout` of weights as `dispatch.prepare` leaves them on the device, and that of those it starts from.
+PREPARED, PLAIN = "prepared", "128x4"
 #: Token counts that `tune` takes where none are named.
 DEFAULT_MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -118,7 +121,9 @@ def _shape_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=int, help=text)
     parser.add_argument("--out-dtype", choices=list(OUT_DTYPES), default="bfloat16")
     parser.add_argument(
-        "--b-layout", default="128x4", help="128x4, linear, or backend/form of prepared weights"
+        "--b-layout",
+        default=PREPARED,
+        help="of the weights: 128x4, linear, backend/form, or %(default)s (the default): as dispatch.prepare leaves them",
     )
 
 
@@ -140,7 +145,8 @@ def _problems(arguments: argparse.Namespace, m: int) -> list[Fc2Problem]:
                 f"m={m} n={n} k={k} experts={experts}: k / experts must be a positive multiple of 16"
             )
     dtype = OUT_DTYPES[arguments.out_dtype]
-    return [Fc2Problem(m, n, k, experts, dtype, b_layout=arguments.b_layout) for n, k, experts in shapes]
+    layout = PLAIN if arguments.b_layout == PREPARED else arguments.b_layout
+    return [Fc2Problem(m, n, k, experts, dtype, b_layout=layout) for n, k, experts in shapes]
 
 
 def _device(name: Optional[str]) -> DeviceInfo:
@@ -169,7 +175,7 @@ def _environment(arguments: argparse.Namespace) -> int:
     for table in store.shipped_tables().values():
         own = replace(table, entries=tuple(e for e in table.entries if "kernel" in e.notes))
         changed = store.fresh(own)[1]
-        since = f"; {changed} times are of kernels that have changed since" if changed else ""
+        since = f"; {changed} times are of other versions of the kernels or their compilers" if changed else ""
         print(f"  {_counts(table)}; model {'fitted' if table.model else 'none'}{since}")
     used = store.shipped_for(device)
     print(f"  for {device.name}: {used.gpu if used else 'none'}")
@@ -203,6 +209,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     for problem in _problems(arguments, arguments.m):
         problem = replace(problem, device_type=device.type, capability=device.capability)
         known = store.measured_for(device)
+        backend = pin.backend if pin and pin.backend else arguments.backend
+        if arguments.b_layout == PREPARED and backend in ("auto", *registry.names()):
+            found = preparer(problem, device, backend)
+            problem = replace(problem, b_layout=found[1]) if found else problem
         print(choose(problem, device, known, arguments.backend, pin))
     return 0
 
@@ -211,13 +221,11 @@ def _as_deployed(arguments: argparse.Namespace) -> list[Fc2Problem]:
     """The problems with weights as the backends of this device prepare them."""
     problems = []
     for problem in _problems(arguments, max(arguments.m)):
-        layouts = (
-            []
-            if arguments.b_layout != "128x4"
-            else prepared_layouts(problem, _device(None), arguments.backends)
-        )
+        layouts = []
+        if arguments.b_layout == PREPARED:
+            layouts = prepared_layouts(problem, _device(None), arguments.backends)
         if arguments.plain or not layouts:
-            layouts.append(arguments.b_layout)
+            layouts.append(problem.b_layout)
         problems += [replace(problem, b_layout=layout) for layout in layouts]
     return problems
 

@@ -8,7 +8,7 @@ import torch
 
 from backends import registry
 from backends.device import DeviceInfo
-from backends.interface import Operand, Support
+from backends.interface import Fc2Backend, Operand, Support
 from backends.operand import BLOCK, Nvfp4Tensor
 from backends.problem import Fc2Problem
 from dispatch.arguments import check_operands, check_out
@@ -93,19 +93,31 @@ def prepare(b: Nvfp4Tensor, experts: int, backend: str = "auto", *, in_place: bo
     plain = Fc2Problem(1, *b.shape, experts, b_layout=b.layout, device_type=device.type, capability=device.capability)
     if backend not in ("auto", *registry.names()):
         choose(plain, device, backend=backend)  # raises
+    found = preparer(plain, device, backend)
+    if found is None:
+        choose(plain, device, backend=backend)  # raises with the reasons, unless the plain form runs
+        return b
+    chosen, layout = found
+    try:
+        return chosen.prepare(b, in_place) if layout != b.layout else b
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def preparer(plain: Fc2Problem, device: DeviceInfo, backend: str = "auto") -> Optional[tuple[Fc2Backend, str]]:
+    """The backend that `prepare` takes for these weights, and the layout it gives them; None if none runs them.
+
+    Args:
+        plain: the weights' problem, at any m.
+    """
     for name in registry.names() if backend == "auto" else [backend]:
         chosen = registry.get(name)
         layout = chosen.prepared_layout(plain) or plain.b_layout
-        ready = replace(plain, b_layout=layout)
         support = chosen.is_automatic(device) if backend == "auto" else chosen.is_supported(device)
-        calls = [replace(ready, m=m) for m in _SOME_TOKENS]
+        calls = [replace(plain, b_layout=layout, m=m) for m in _SOME_TOKENS]
         if support and any(chosen.can_implement(call, chosen.default_tactic(call)) for call in calls):
-            try:
-                return chosen.prepare(b, in_place) if layout != b.layout else b
-            except ValueError as error:
-                raise ArgumentError(str(error)) from error
-    choose(plain, device, backend=backend)  # raises with the reasons, unless the plain form runs
-    return b
+            return chosen, layout
+    return None
 
 
 def backends(device: Optional[torch.device | str] = None) -> dict[str, Support]:

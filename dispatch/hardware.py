@@ -50,7 +50,7 @@ GPUS: dict[str, Gpu] = {
             DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 10**9),
             3.35e12,
             798e12,
-            "NVIDIA data sheet of the SXM5 board: 3.35 TB/s; bf16 GEMM measured on one: 798 TFLOP/s (no FP4 tensor cores)",
+            "NVIDIA data sheet (SXM5): 3.35 TB/s; measured on one: bf16 GEMM 798 TFLOP/s (no FP4 tensor cores)",
         ),
     )
 }

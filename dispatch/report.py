@@ -11,6 +11,7 @@ from backends.problem import Fc2Problem, dtype_name
 from backends.tactic import Tactic
 from dispatch.evidence import Estimate
 from dispatch.hardware import floor_seconds, gpu_named
+from dispatch.model import ALPHA_ANY
 
 #: A time must be lower by more than this share to displace an incumbent. Published reports of ranks that
 #: diverge on ties are about differences of 0.08 to 2%.
@@ -39,6 +40,13 @@ class Candidate:
     @property
     def seconds(self) -> float:
         return self.estimate.seconds if self.estimate else float("inf")
+
+    @property
+    def name(self) -> str:
+        """For people: the backend, or the tactic as briefly as tells it from its backend."""
+        if self.tactic is None:
+            return self.backend
+        return self.tactic.brief if self.tactic.brief != self.backend else str(self.tactic)
 
 
 @dataclass(frozen=True)
@@ -123,12 +131,20 @@ class Decision:
 
     def line(self) -> str:
         """One line: problem, choice, source and predicted time."""
+        return f"{self._asked}: {self._answer}"
+
+    @property
+    def _asked(self) -> str:
         p = self.problem
-        time = "" if self.seconds is None else f", {_us(self.seconds)} predicted"
         return (
             f"fc2 m={p.m} n={p.n} k={p.k} experts={p.experts} {dtype_name(p.out_dtype)} a={p.a_layout} b={p.b_layout} "
-            f"on {self.device.name}: {self.tactic} ({self.source}{time})"
+            f"on {self.device.name}"
         )
+
+    @property
+    def _answer(self) -> str:
+        time = "" if self.seconds is None else f", {_us(self.seconds)} predicted"
+        return f"{self.tactic} ({self.source}{time})"
 
     def verdict(self, candidate: Candidate) -> str:
         """Why a candidate was not taken."""
@@ -148,19 +164,20 @@ class Decision:
 
     def __str__(self) -> str:
         gpu = gpu_named(self.device.name)
-        lines = [self.line()]
+        lines = [self._asked, f"  runs: {self._answer}"]
         if self.estimate is not None:
-            lines.append(f"  time: {_us(self.seconds)} {_origin(self.estimate)}, for alpha {self.alpha}")
+            condition = "whatever alpha is" if self.alpha == ALPHA_ANY else f"for alpha {self.alpha}"
+            lines.append(f"  time: {_us(self.seconds)} {_origin(self.estimate)}, {condition}")
         if gpu is not None:
             floor = _us(floor_seconds(self.problem, gpu))
             lines.append(f"  floor: {floor} if every weight is read ({gpu.source})")
         if self.margin is not None:
-            lines.append(f"  runner-up: {self.runner_up.tactic}, {self.margin:+.1%}")
+            lines.append(f"  runner-up: {self.runner_up.name}, {self.margin:+.1%}")
         lines += [f"  note: {text}" for text in (*self.notes, *([self.warning] if self.warning else []))]
         known = (c for c in self.candidates[1:] if c.estimate)
         lost = sorted(known, key=lambda c: (not self._comparable(c), c.seconds))
         refused = [c for c in self.candidates[1:] if c.rejected]
-        lines += [f"  not {c.tactic or c.backend}: {self.verdict(c)}" for c in (*lost[:_SHOWN], *refused)]
+        lines += [f"  not {c.name}: {self.verdict(c)}" for c in (*lost[:_SHOWN], *refused)]
         if len(lost) > _SHOWN:
             lines.append(f"  not {len(lost) - _SHOWN} more, from {_us(lost[_SHOWN].seconds)} up")
         unknown = sum(not c.estimate and not c.rejected for c in self.candidates[1:])
@@ -171,7 +188,7 @@ class Decision:
 
 _PRECEDENCE = {
     "forced": "the caller named the chosen one",
-    "rule": "the rule holds until tuning on this GPU measures this problem",
+    "rule": "the rule holds until you tune this problem",
     "measured": "not measured at this very problem, as the chosen one is",
     "interpolated": "with less evidence than the chosen one has",
     "model": "with less evidence than the chosen one has",

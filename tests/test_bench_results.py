@@ -13,7 +13,7 @@ from bench import compare
 from bench import tables
 from bench.__main__ import main
 from bench.clocks import Clocks
-from bench.contestants import matches, short_name
+from bench.contestants import matches
 from bench.cupti import graph_launches
 from bench.records import (
     Results,
@@ -239,9 +239,9 @@ def test_short_names():
     from backends.cute.budget import CuteTactic
     from backends.torch_baseline import TorchTactic
 
-    assert short_name(TorchTactic()) == "torch"
-    assert short_name(TorchTactic("cached_weight")) == "torch form=cached_weight"
-    assert short_name(CuteTactic(tile_m=256, cluster_m=2, split_k=4)) == "cute (256,128)@(2,1) split_k=4"
+    assert TorchTactic().brief == "torch"
+    assert TorchTactic("cached_weight").brief == "torch form=cached_weight"
+    assert CuteTactic(tile_m=256, cluster_m=2, split_k=4).brief == "cute (256,128)@(2,1) split_k=4"
 
 
 def test_pins():

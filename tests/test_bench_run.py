@@ -256,7 +256,7 @@ def test_a_run_writes_what_it_measured(tmp_path, capsys):
     assert results.environment["seed"] == 0 and not results.interrupted
     with open(csv_file, newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 4
-    assert open(markdown).read().count("| torch") == 4
+    assert open(markdown).read().count("| torch") == 4 + 2  # and the summary
     assert main(["compare", json_file, json_file]) == 0
 
 
@@ -352,7 +352,7 @@ def test_a_killed_run_leaves_the_token_counts_it_had_finished(tmp_path, capsys):
     markdown = tmp_path / "r.md"
     assert main(["show", str(path), "--markdown", str(markdown)]) == 0
     assert "Interrupted by the end of its process" in capsys.readouterr().out
-    assert markdown.read_text().count("| torch") == 4
+    assert markdown.read_text().count("| torch") == 4 + 2  # and the summary
 
 
 def test_show_refuses_what_is_no_result(tmp_path, capsys):

@@ -276,7 +276,7 @@ def test_a_tactic_that_failed_while_tuning_is_not_taken():
     known = Measured(None, table(entry(8, default, 0, failure="wrong result"), entry(16, FAST, 5.0)))
     decision = choose(problem(16, H200), H200, known)
     assert decision.tactic == FAST
-    assert f"not {default}: failed while tuning this shape: wrong result" in str(decision)
+    assert f"not {default.brief}: failed while tuning this shape: wrong result" in str(decision)
     assert choose(problem(16, H200), H200, known, tactic=default).tactic == default, (
         "the caller may still ask for it"
     )
@@ -429,7 +429,7 @@ def test_one_prepared_layout_serves_several_backends(sibling):
     known = Measured(on_prepared(*BOTH))
     decision = choose(prepared(16), H200, known)
     assert (decision.backend, decision.tactic, decision.source) == ("sibling", SiblingTactic(128), "measured")
-    assert f"not {TALL}: 40.0 us measured by tuning: 33% slower" in str(decision)
+    assert f"not {TALL.brief}: 40.0 us measured by tuning: 33% slower" in str(decision)
     assert choose(prepared(256), H200, known).tactic == TALL
     assert [choose(prepared(m), H200, known).backend for m in (20, 200)] == ["sibling", "triton"], "interpolated"
     assert choose(prepared(256), H200, known, "sibling").tactic == SiblingTactic()

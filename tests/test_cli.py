@@ -71,7 +71,21 @@ def test_explain_by_shape_name_and_with_overrides(capsys):
         "--tactic",
         "cute(tile_n=64)",
     )
-    assert "tile_n=64" in out.splitlines()[0] and "published (pr13833)" in out
+    assert "tile_n=64" in out.splitlines()[1] and "published (pr13833)" in out
+
+
+def test_explain_takes_the_weights_as_prepared(capsys):
+    line = "explain --m 64 --shape deepseek-v3-tp8 --device"
+    for arguments, layout in (
+        ("H200", "triton/fragments"),
+        ("H200 --b-layout 128x4", "128x4"),
+        ("H200 --backend torch", "128x4"),
+        ("H200 --tactic torch", "128x4"),
+        ("B200", "128x4"),  # its first backend reads plain weights
+        ("B200 --backend triton", "triton/fragments"),
+    ):
+        status, out, _ = run(capsys, *line.split(), *arguments.split())
+        assert status == 0 and f"b={layout} on" in out, arguments
 
 
 @pytest.mark.parametrize(
