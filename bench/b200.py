@@ -22,6 +22,7 @@ from bench import shootout, tables
 from bench.contestants import BASELINE
 from bench.environment import describe
 from bench.options import Options
+from bench.outputs import check_directory
 from bench.peers import published_entries
 from bench.progress import Progress
 from bench.records import CTRL_C, Absent, Results, Row, save, save_unfinished
@@ -199,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
     parser.set_defaults(m=TIMED_MS, backends="cute,torch", alpha=None)
     arguments = parser.parse_args(argv)
     options = command_line.from_arguments(arguments, parser)
+    check_directory(arguments.out, parser)
     if not arguments.alpha:
         options = replace(options, alphas=(*options.alphas, command_line.AlphaForm("dense")))
     info = DeviceInfo.of(options.device)

@@ -149,5 +149,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.agree:
         return _report_agreement(old, new, *arguments.agree)
     comparison = compare(old, new, arguments.margin / 100)
+    if not comparison.pairs:
+        print("no row in common: problem, alpha, L2, form of the weights, tactic and timer must match", file=sys.stderr)
+        return UNUSABLE
     print(render(comparison, arguments.all))
     return comparison.exit_code

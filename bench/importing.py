@@ -103,6 +103,8 @@ def main(argv: Sequence[str]) -> int:
         "--into", type=Path, default=SHIPPED, metavar="DIR", help="directory of tables (default the package's)"
     )
     arguments = parser.parse_args(argv)
+    if not arguments.into.is_dir():
+        parser.error(f"--into {arguments.into}: there is no such directory")
     try:
         results = read_results(arguments.file)
     except (OSError, ValueError) as error:

@@ -155,7 +155,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
     """Options of parsed arguments; ends the program through `parser.error` where they contradict each other."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        parser.error(f"--device {arguments.device}: it takes cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {arguments.device}: it takes cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error(f"--device {arguments.device}: torch sees no CUDA device")
@@ -178,6 +183,8 @@ def from_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParse
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; it takes at least 1")
+    if arguments.budget is not None and not arguments.budget > 0:
+        parser.error(f"--budget is {arguments.budget:g}; it takes a positive number of seconds")
     return Options(
         device=device,
         shape=shape,

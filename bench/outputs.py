@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Optional
 
 from bench import plots, report, tables
 from bench.records import Results, save, write_csv
@@ -28,14 +29,18 @@ def check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
             plots.require_matplotlib()
         except ImportError as error:
             parser.error(str(error))
-    for path in filter(None, (getattr(arguments, name) for name in ("json", "csv", "markdown", "html", "plot"))):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: its directory does not exist")
+    for name in ("json", "csv", "markdown", "html", "plot"):
+        check_directory(getattr(arguments, name), parser)
+
+
+def check_directory(path: Optional[str], parser: argparse.ArgumentParser) -> None:
+    """Refuse a path whose directory is not there."""
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        parser.error(f"{path}: its directory does not exist")
 
 
 def emit(results: Results, arguments: argparse.Namespace) -> None:
-    """Print the tables and write the files asked for; plots are left out where no row was measured."""
-    print(tables.render(results, with_published=arguments.published))
+    """Write the files asked for, and then print the tables, whose reader may have left; no plots without a row."""
     if arguments.json:
         save(results, arguments.json)
     if arguments.csv:
@@ -49,6 +54,7 @@ def emit(results: Results, arguments: argparse.Namespace) -> None:
         plots.write_png(results, arguments.plot, arguments.published)
     elif arguments.plot:
         print("no row was measured, so there is nothing to plot", file=sys.stderr)
+    print(tables.render(results, with_published=arguments.published))
 
 
 def _write(path: str, text: str) -> None:

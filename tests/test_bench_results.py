@@ -286,6 +286,8 @@ def test_compare_exit_codes(tmp_path, capsys):
     assert code(old[:1]) == 1  # a row is gone
     assert "in the old file only" in capsys.readouterr().out
     assert code([*old, row(64, 1.0, backend="cute")]) == 0  # a row more is no regression
+    assert code([row(64, 1.0, backend="cute")]) == 2
+    assert "no row in common" in capsys.readouterr().err
     assert code([dataclasses.replace(old[0], error_over_bar=3.0), old[1]]) == 1
     assert code([dataclasses.replace(old[0], reproducible=False), old[1]]) == 1
     assert code([row(8, 100.0, backend="triton")]) == 2  # nothing in common

@@ -129,6 +129,9 @@ def test_axes():
         ("--timer nonsense", "invalid choice"),
         ("--json /nonexistent/x.json", "does not exist"),
         ("--timer graph", "needs a CUDA device"),
+        ("--budget 0", "positive number of seconds"),
+        ("--device nonsense", "it takes cpu, cuda or cuda:N"),
+        ("--device meta", "it takes cpu, cuda or cuda:N"),
     ],
 )
 def test_a_wrong_command_line_says_what_is_wrong(arguments, message, capsys):

@@ -102,6 +102,8 @@ def test_import_of_a_gpu_without_ceilings_and_of_nothing(tmp_path, capsys):
     nothing = _b200_file(tmp_path / "nothing.json", [_cute_row(l2="warm")])
     assert main(["import", nothing, "--into", str(tmp_path)]) == 2
     assert main(["import", str(tmp_path / "absent.json")]) == 2
+    with pytest.raises(SystemExit):
+        main(["import", str(path), "--into", str(tmp_path / "absent")])
 
 
 # --- bench b200
@@ -110,6 +112,8 @@ def test_import_of_a_gpu_without_ceilings_and_of_nothing(tmp_path, capsys):
 def test_b200_refuses_other_devices(capsys):
     assert main(["b200", "--device", "cpu"]) == 2
     assert "needs an SM 10.0 or 10.3 GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # before an hour of checks, not after it
+        main(["b200", "--rehearse", "--device", "cpu", "--out", "/nonexistent/b200.json"])
 
 
 def test_the_check_finds_what_is_wrong_and_keeps_what_is_right():
