@@ -21,6 +21,7 @@ from dispatch.errors import ArgumentError, Fc2Error
 from dispatch.hardware import GPUS
 from dispatch.measured import Table
 from dispatch.pins import Pin
+from dispatch.ranges import integers
 from dispatch.shapes import SHAPES
 from dispatch.tune import ROUNDS, autotune, judge
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="what fc2 would run, and why; needs no GPU")
     _shape_arguments(explain)
-    explain.add_argument("--m", type=int, required=True, help="tokens")
+    explain.add_argument("--m", type=integers, required=True, help="token counts, such as 64 or 1,8,32:384:32")
     explain.add_argument("--device", help=f"a GPU to decide for: {', '.join(GPUS)}; default the one at hand")
     explain.add_argument("--backend", default="auto")
     explain.add_argument("--tactic", help="a tactic or some of its fields, such as 'cute(tile_n=64)'")
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="measure tactics on this GPU for later decisions")
     _shape_arguments(tune)
     tune.add_argument(
-        "--m", type=_numbers, default=DEFAULT_MS, help="token counts, such as 1,8,64 (default %(default)s)"
+        "--m", type=integers, default=DEFAULT_MS, help="token counts, such as 1,8,32:384:32 (default %(default)s)"
     )
     tune.add_argument(
         "--alpha", type=_words, help="forms of alpha, such as topk:8,dense; default the usual top-k"
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _shape_arguments(judge_)
     judge_.add_argument(
-        "--m", type=_numbers, default=(5, 23, 77, 150, 333), help="token counts (default %(default)s)"
+        "--m", type=integers, default=(5, 23, 77, 150, 333), help="token counts (default %(default)s)"
     )
     judge_.add_argument(
         "--budget", type=float, default=300.0, help="seconds to keep within (default %(default)s)"
@@ -123,7 +124,7 @@ def _shape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--b-layout",
         default=PREPARED,
-        help="of the weights: 128x4, linear, backend/form, or %(default)s (the default): as dispatch.prepare leaves them",
+        help="of the weights: 128x4, linear, backend/form, or as dispatch.prepare leaves them (default %(default)s)",
     )
 
 
@@ -168,9 +169,8 @@ def _environment(arguments: argparse.Namespace) -> int:
         automatic = backend.is_automatic(device)
         state = "no" if not support else "yes" if automatic else "only by name"
         reason = support.reason or automatic.reason
-        print(
-            f"  {name}: {state}{f': {reason}' if reason else ''} (kernel {environment.kernel_fingerprint(type(backend))})"
-        )
+        kernel = environment.kernel_fingerprint(type(backend))
+        print(f"  {name}: {state}{f': {reason}' if reason else ''} (kernel {kernel})")
     print("\nmeasured tables in the package:")
     for table in store.shipped_tables().values():
         own = replace(table, entries=tuple(e for e in table.entries if "kernel" in e.notes))
@@ -184,10 +184,8 @@ def _environment(arguments: argparse.Namespace) -> int:
     for path in sorted(settings.cache_dir.glob("*.json")):
         table = store.load(path)
         if table is not None:
-            stale = store.fresh(table)[1]
-            print(
-                f"  {path.name}: {_counts(table)}; {stale} stale, {len(table.set_aside)} damaged, {len(table.unused)} unused"
-            )
+            lost = f"{store.fresh(table)[1]} stale, {len(table.set_aside)} damaged, {len(table.unused)} unused"
+            print(f"  {path.name}: {_counts(table)}; {lost}")
     print(
         f"\nFC2_BACKEND={settings.backend} FC2_TACTIC={settings.tactic} FC2_CACHE_DIR={settings.cache_dir} "
         f"FC2_LOG={int(settings.log)}"
@@ -206,7 +204,7 @@ def _counts(table: Table) -> str:
 def _explain(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     pin = Pin.parse(arguments.tactic) if arguments.tactic else None
-    for problem in _problems(arguments, arguments.m):
+    for problem in (replace(p, m=m) for p in _problems(arguments, max(arguments.m)) for m in arguments.m):
         problem = replace(problem, device_type=device.type, capability=device.capability)
         known = store.measured_for(device)
         backend = pin.backend if pin and pin.backend else arguments.backend
@@ -297,13 +295,6 @@ def _ship(arguments: argparse.Namespace) -> int:
     print(f"{path}: {_counts(table)}")
     print(calibrate.summary(calibrate.leave_one_out(table)))
     return 0
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
-    return numbers
 
 
 def _words(text: str) -> list[str]:

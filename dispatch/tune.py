@@ -302,7 +302,8 @@ class _Tuner:
 
         waiting = coarse_to_fine(points)
         try:
-            with tqdm(total=len(waiting), disable=not progress, unit="problem") as bar:
+            # None: silent where standard error is not a terminal; a log wants no redrawn lines.
+            with tqdm(total=len(waiting), disable=None if progress else True, unit="problem") as bar:
                 while waiting:
                     point = waiting.pop(0)
                     known = self._known(point)

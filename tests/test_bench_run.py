@@ -19,7 +19,7 @@ from bench import options as command_line
 from bench import shootout
 from bench.__main__ import main
 from bench.contestants import Contestant
-from bench.options import integers, pair, parse, pin
+from bench.options import pair, parse, pin
 from bench.records import read_results
 from bench.timing import METHODS, UnavailableMethod, available_methods, choose_method
 from dispatch.check import errors, references
@@ -31,6 +31,7 @@ from dispatch.inputs import (
     random_operand,
     token_sets,
 )
+from dispatch.ranges import integers
 from tests.reference import half_ulp, reference
 
 CPU = torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +75,14 @@ def test_explain_by_shape_name_and_with_overrides(capsys):
     assert "tile_n=64" in out.splitlines()[1] and "published (pr13833)" in out
 
 
+def test_explain_several_token_counts(capsys):
+    status, out, _ = run(capsys, *"explain --m 1,64:128:64 --shape deepseek-v3-tp8 --device B200".split())
+    assert status == 0 and re.findall(r"fc2 m=(\d+)", out) == ["1", "64", "128"]
+    with pytest.raises(SystemExit):
+        main("explain --m 0 --n 64 --k 128 --experts 4".split())
+    assert "'0' is not a positive number" in capsys.readouterr().err
+
+
 def test_explain_takes_the_weights_as_prepared(capsys):
     line = "explain --m 64 --shape deepseek-v3-tp8 --device"
     for arguments, layout in (
@@ -95,7 +104,6 @@ def test_explain_takes_the_weights_as_prepared(capsys):
         ("explain --m 4 --n 64", "name the sizes"),
         ("explain --m 4 --shape nothing", "--shape 'nothing' is unknown; known: deepseek-v3-tp8"),
         ("explain --m 4 --n 64 --k 100 --experts 4", "k / experts must be a positive multiple of 16"),
-        ("explain --m 0 --n 64 --k 128 --experts 4", "m=0"),
         (
             "explain --m 4 --n 64 --k 128 --experts 4 --device X1",
             "--device 'X1' is unknown; known: B200, H200",
