@@ -278,8 +278,7 @@ def prepared_layouts(problem: Fc2Problem, device: DeviceInfo, backends: Optional
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    table = Table.parse(arguments.table.read_text(encoding="utf-8"))
-    table = calibrate.fitted(table)
+    table = calibrate.fitted(_read(arguments.table))
     store.write(arguments.table, table)
     for name, family in table.model.items():
         print(f"{name}: {family.to_json()}")
@@ -288,13 +287,20 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _ship(arguments: argparse.Namespace) -> int:
-    tuned = Table.parse(arguments.table.read_text(encoding="utf-8"))
+    tuned = _read(arguments.table)
     path = store.SHIPPED / store.file_name(tuned.gpu)
     table = (store.load(path) or Table(tuned.gpu)).merged(tuned.entries)
     store.write(path, calibrate.fitted(table))
     print(f"{path}: {_counts(table)}")
     print(calibrate.summary(calibrate.leave_one_out(table)))
     return 0
+
+
+def _read(path: Path) -> Table:
+    try:
+        return Table.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArgumentError(f"{path}: {error}") from None
 
 
 def _words(text: str) -> list[str]:
