@@ -112,7 +112,7 @@ def test_explain_takes_the_weights_as_prepared(capsys):
         ("explain --m 4 --n 64 --k 128 --experts 4 --device H200 --backend cute", "needs SM 10"),
         ("explain --m 4 --n 64 --k 128 --experts 4 --tactic ???", "tactic is '???'"),
         ("fit /nonexistent/table.json", "No such file"),
-        (f"fit {__file__}", "test_cli.py: Expecting value"),
+        (f"fit {__file__}", "test_cli.py: Extra data"),
     ],
 )
 def test_errors_are_sentences_with_status_2(capsys, line, text):
