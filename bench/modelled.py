@@ -40,7 +40,7 @@ class Predicted:
 
 
 def predictions(table: Table) -> list[Predicted]:
-    """Every measured row of a table, by M and tactic."""
+    """Every measured row of a table, by shape, M and tactic."""
     gpu = gpu_of_table(table)
     model = Model(gpu.device.sm_count, gpu.read_bandwidth, gpu.mma_flops, fitted(table).model)
     unseen = {
@@ -49,7 +49,7 @@ def predictions(table: Table) -> list[Predicted]:
         for tactic, seconds in result.predicted.items()
     }
     rows = []
-    for entry in sorted((e for e in table.entries if e.seconds), key=lambda e: (e.alpha, e.problem.m, str(e.tactic))):
+    for entry in sorted((e for e in table.entries if e.seconds), key=_order):
         expected = (
             model.predict(entry.problem, entry.tactic, entry.alpha),
             unseen.get((entry.problem, entry.tactic)),
@@ -57,6 +57,11 @@ def predictions(table: Table) -> list[Predicted]:
         fit, left = (None if seconds is None else seconds * 1e6 for seconds in expected)
         rows.append(Predicted(entry, entry.seconds * 1e6, fit, left, floor_seconds(entry.problem, gpu) * 1e6))
     return rows
+
+
+def _order(entry: Entry) -> tuple:
+    p = entry.problem
+    return (p.n, p.k, p.experts, p.b_layout, entry.alpha, p.m, str(entry.tactic))
 
 
 def render(table: Table, rows: Sequence[Predicted]) -> str:
@@ -74,6 +79,7 @@ def render(table: Table, rows: Sequence[Predicted]) -> str:
         )
     lines = [
         (
+            "N={0.n} K={0.k} E={0.experts}".format(row.entry.problem),
             row.entry.problem.m,
             row.entry.alpha,
             row.entry.tactic.brief,
@@ -86,6 +92,7 @@ def render(table: Table, rows: Sequence[Predicted]) -> str:
         for row in rows
     ]
     headers = (
+        "shape",
         "M",
         "alpha",
         "tactic",
@@ -97,7 +104,7 @@ def render(table: Table, rows: Sequence[Predicted]) -> str:
         "error",
         "floor us",
     )
-    parts.append(tabulate(lines, headers, disable_numparse=True, colalign=["right", *["left"] * 3, *["right"] * 6]))
+    parts.append(tabulate(lines, headers, disable_numparse=True, colalign=["left", "right", *["left"] * 3, *["right"] * 6]))
     parts.append(summary(leave_one_out(table)))
     return "\n\n".join(parts)
 

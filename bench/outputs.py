@@ -12,7 +12,7 @@ from bench.records import Results, save, write_csv
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("outputs")
-    group.add_argument("--json", metavar="FILE", help="everything, for `compare`, `show`, `import`; written after each M")
+    group.add_argument("--json", metavar="FILE", help="everything, for the other commands; written after every M")
     group.add_argument("--csv", metavar="FILE", help="one line a row")
     group.add_argument("--markdown", metavar="FILE", help="the tables")
     group.add_argument(

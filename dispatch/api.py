@@ -38,8 +38,8 @@ def fc2(
 
     Sums are float32, alpha multiplies each expert's float32 partial sum, and there is one rounding, to the output type.
     The result is bitwise reproducible. `alpha[m, e] == 0` means that token m did not select expert e. Runs on the
-    current stream without synchronizing with the host. The first call of a kernel compiles it; calls inside a CUDA graph
-    capture need a warm-up call before it.
+    current stream without synchronizing with the host. The first call of a kernel compiles it; calls inside a CUDA
+    graph capture need a warm-up call before it.
 
     Args:
         a: activations [M, K]; M may be 0.

@@ -45,7 +45,7 @@ def check_operands(a: Nvfp4Tensor, b: Operand, alpha: torch.Tensor) -> None:
     if not a.device == b.device == alpha.device:
         raise ArgumentError(f"a is on {a.device}, b on {b.device}, alpha on {alpha.device}; move all to one device")
     if alpha.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError("alpha requires grad, and fc2 has no backward; call it under torch.no_grad() or detach alpha")
+        raise ArgumentError("alpha requires grad and fc2 has no backward; call it under torch.no_grad() or detach alpha")
     _check_scale_count("a", a, (1,))
     _check_scale_count("b", b, (1, experts))
 
@@ -63,7 +63,9 @@ def check_out(out: Optional[torch.Tensor], out_dtype: torch.dtype, a: Nvfp4Tenso
     if tuple(out.shape) != shape:
         raise ArgumentError(f"out has shape {list(out.shape)}; a and b make it {list(shape)}")
     if out.dtype != out_dtype:
-        raise ArgumentError(f"out has dtype {dtype_name(out.dtype)} and out_dtype is {dtype_name(out_dtype)}; make them equal")
+        raise ArgumentError(
+            f"out has dtype {dtype_name(out.dtype)} and out_dtype is {dtype_name(out_dtype)}; make them equal"
+        )
     if out.device != a.device:
         raise ArgumentError(f"out is on {out.device} and a on {a.device}; move both to one device")
     if not out.is_contiguous():

@@ -105,9 +105,9 @@ def summary(results: Sequence[LeftOut]) -> str:
             f"worst {worst.regret:.1%} (m={p.m} n={p.n} k={p.k} experts={p.experts}: {worst.chosen})"
         )
     if errors:
+        mean, largest = math.expm1(sum(errors) / len(errors)), math.expm1(max(errors))
         lines.append(
-            f"leave-one-out prediction error over {len(errors)} of {rows} rows: mean {math.expm1(sum(errors) / len(errors)):.1%}, "
-            f"worst {math.expm1(max(errors)):.1%}"
+            f"leave-one-out prediction error over {len(errors)} of {rows} rows: mean {mean:.1%}, worst {largest:.1%}"
         )
     return "\n".join(lines)
 

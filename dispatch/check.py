@@ -45,8 +45,8 @@ class Errors:
 def references(sets: Sequence[TokenSet], b: Nvfp4Tensor) -> list[Reference]:
     """The references of all sets in one pass over b, on its device.
 
-    Products of alpha, a and b are exact in float64 but for the last bits; b is decoded a few experts at a time. Cost: two
-    float64 GEMMs of the problem's size.
+    Products of alpha, a and b are exact in float64 but for the last bits; b is decoded a few experts at a time. Cost:
+    two float64 GEMMs of the problem's size.
     """
     experts = sets[0].alpha.shape[1]
     n, k = b.shape

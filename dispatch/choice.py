@@ -287,7 +287,7 @@ def _names(backend: str, pin: Optional[Pin]) -> list[str]:
         return known if backend == "auto" else [backend]
     if pin.backend and backend not in ("auto", pin.backend):
         raise ArgumentError(
-            f"tactic belongs to backend {pin.backend!r} and backend is {backend!r}; name one backend, or leave it 'auto'"
+            f"tactic belongs to backend {pin.backend!r} and backend is {backend!r}; name one, or leave it 'auto'"
         )
     if pin.backend or backend != "auto":
         return [pin.backend or backend]

@@ -69,7 +69,9 @@ def expected_active_experts(m: int, experts: int, top_k: int) -> float:
     return experts * (1.0 - (1.0 - top_k / experts) ** m)
 
 
-def floor_seconds(problem: Fc2Problem, gpu: Gpu, active_experts: Optional[float] = None, rows: Optional[float] = None) -> float:
+def floor_seconds(
+    problem: Fc2Problem, gpu: Gpu, active_experts: Optional[float] = None, rows: Optional[float] = None
+) -> float:
     """The time below which no kernel can go: the larger of bytes over bandwidth and FLOPs over the matrix rate.
 
     Args:

@@ -21,7 +21,7 @@ class AlphaForm:
     """How tokens select experts.
 
     Attributes:
-        kind: "topk", every expert equally popular; "skewed", popularity falling as 1/rank (Zipf); "dense", all selected.
+        kind: "topk", every expert equally popular; "skewed", popularity falling as 1/rank (Zipf); "dense", all of them.
         top_k: experts a token selects; unused for "dense".
     """
 
@@ -35,7 +35,8 @@ class AlphaForm:
     def parse(cls, text: str) -> AlphaForm:
         """From "topk", "topk:8", "skewed:4" or "dense". Raises ValueError for anything else."""
         kind, colon, number = text.partition(":")
-        if kind not in ("topk", "skewed", "dense") or (colon and (kind == "dense" or not number.isdigit() or int(number) < 1)):
+        counted = number.isdigit() and int(number) >= 1
+        if kind not in ("topk", "skewed", "dense") or (colon and (kind == "dense" or not counted)):
             raise ValueError(f"alpha form is {text!r}; accepted: topk:8, skewed:8 (any positive count), dense")
         return cls(kind, int(number)) if colon else cls(kind)
 

@@ -1,7 +1,7 @@
 """Measured times as values: entries, and tables of one GPU model.
 
-Pure: no files (`dispatch.store`), no GPU. What they say about a problem is `dispatch.evidence`'s. An entry that cannot be used keeps its record, so that writing a
-table back loses nothing.
+Pure: no files (`dispatch.store`), no GPU. What they say about a problem is `dispatch.evidence`'s. An entry that cannot be
+used keeps its record, so that writing a table back loses nothing.
 """
 
 from __future__ import annotations
