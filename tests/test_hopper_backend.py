@@ -73,77 +73,7 @@ def test_passes_make_up_the_call():
     assert [rules.passes(replace(TARGET, m=m)) for m in (1, PASS_TOKENS, 700, 1024)] == [[1], [512], [512, 188], [512]]
 
 
-# ---- the small kernels
-
-
-def _emulated(kernel, arguments: dict, constants: dict, grid: tuple[int, int, int]) -> None:
-    """Compile a Triton kernel for SM 9.0 and run its PTX."""
-    pytest.importorskip("cutlass")
-    from backends.triton.offline import compile_kernel
-    from tests.emulator import emulate_ptx
-
-    kinds = {torch.int32: "*i32", torch.uint8: "*u8", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-    signature = {n: kinds[v.dtype] if isinstance(v, torch.Tensor) else "i32" for n, v in arguments.items()}
-    compiled = compile_kernel(kernel, (9, 0), signature, constants, launch_pdl=True)
-    spare = [torch.zeros(16, dtype=torch.uint8)] * 2  # what Triton passes for scratch memory it does not use
-    emulate_ptx(
-        compiled.asm["ptx"], compiled.metadata.name, [*arguments.values(), *spare], grid=grid,
-        block=(32 * compiled.metadata.num_warps, 1, 1), smem=compiled.metadata.shared,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", ["128x4", "linear"])
-@pytest.mark.parametrize("tokens", [5, 130])
-def test_decoded_activations(tokens, layout):
-    from backends.hopper.dense_prelude import BLOCK, decode_activations
-    from tests.test_hopper_dense import _image
-
-    experts, inner = 3, 256
-    a, _ = make_operands(tokens, 8, experts * inner, seed=tokens, layout=layout)
-    columns = dense_tiling(tokens, 256, experts * inner).columns
-    acts = torch.full((experts * inner // 64 * columns * 32,), -1, dtype=torch.int32)
-    counts = torch.full((experts,), tokens, dtype=torch.int32)
-    arguments = dict(
-        a_data=a.data.view(torch.int32), a_scale=a.scale, counts=counts, acts=acts, tokens=tokens, columns=columns
-    )
-    constants = dict(EXPERTS=experts, EXPERTS_PADDED=4, INNER=inner, A_SWIZZLED=layout == "128x4", BLOCK=BLOCK)
-    grid = (experts * inner // 256, -(-columns // BLOCK), 1)
-    _emulated(decode_activations, arguments, constants, grid)
-    assert torch.equal(acts, _image(a, columns).view(torch.int32).reshape(-1))
-    # A routed call leaves everything as it is.
-    acts.fill_(-1)
-    counts.fill_(tokens // 8)
-    _emulated(decode_activations, arguments, constants, grid)
-    assert bool((acts == -1).all())
-
-
-@pytest.mark.parametrize("tokens, hidden", [(130, 300), (20, 520)])
-def test_part_sums_are_added_in_the_order_of_k(tokens, hidden):
-    from backends.hopper.dense_prelude import add_parts
-    from tests.test_hopper_dense import _segments
-
-    experts, k = 3, 768
-    tiling = dense_tiling(tokens, hidden, k)
-    tile = tiling.kernel
-    parts = torch.randn(tiling.whole + tiling.streamed * tiling.slots, tile.tokens, tile.rows)
-    totals = torch.zeros(tiling.token_tiles * tiling.row_tiles, tile.tokens, tile.rows)
-    unused = set(range(len(parts)))
-    for cluster in range(tiling.clusters):
-        for index, _, _, part in _segments(tiling, cluster):
-            totals[index] += parts[part]
-            unused.discard(part)
-    parts[list(unused)] = torch.nan
-    out = torch.full((tokens, hidden), torch.nan)
-    arguments = dict(
-        parts=parts, counts=torch.full((experts,), tokens, dtype=torch.int32), out=out, tokens=tokens, hidden=hidden,
-        chunks=tiling.chunks, row_tiles=tiling.row_tiles, clusters=tiling.clusters, whole=tiling.whole,
-        streamed=tiling.streamed, slots=tiling.slots,
-    )  # fmt: skip
-    constants = dict(EXPERTS=experts, EXPERTS_PADDED=4, TOKENS=tile.tokens, ROWS=tile.rows, BLOCK=8)
-    _emulated(add_parts, arguments, constants, (-(-hidden // 128), -(-tokens // 8), 1))
-    by_place = totals.view(tiling.token_tiles, tiling.row_tiles, tile.tokens, tile.rows).permute(0, 2, 1, 3)
-    whole = by_place.reshape(tiling.columns, tiling.row_tiles * tile.rows)
-    assert torch.equal(out, whole[:tokens, :hidden] * 65536.0)
+# ---- the launches
 
 
 @pytest.mark.parametrize("m", [40, 700])
@@ -152,7 +82,7 @@ def test_launches_of_a_call(m, monkeypatch):
     pytest.importorskip("cutlass")
     from types import SimpleNamespace
 
-    from backends.hopper import compiler, dense_prelude, launch
+    from backends.hopper import compiler, launch
     from backends.triton import layout
 
     order = []
@@ -165,9 +95,8 @@ def test_launches_of_a_call(m, monkeypatch):
             assert all(extent > 0 for extent in grid)
             return lambda *_, **__: order.append(self.name)
 
-    for module, names in ((launch, ("list_tokens", "gather_tokens")), (dense_prelude, ("decode_activations", "add_parts"))):
-        for name in names:
-            monkeypatch.setattr(module, name, Recorder(name))
+    for name in ("list_tokens", "gather_tokens"):
+        monkeypatch.setattr(launch, name, Recorder(name))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
     def launcher(config):
@@ -188,5 +117,5 @@ def test_launches_of_a_call(m, monkeypatch):
         rows = slice(first, first + PASS_TOKENS)
         config = stream_config(problem, HopperTactic(), min(PASS_TOKENS, m - first))
         launch.run(problem, config, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
-    one = ["list_tokens", "gather_tokens", "decode_activations", "StreamKernel", "DenseKernel", "add_parts"]
+    one = ["list_tokens", "gather_tokens", "DecodeKernel", "StreamKernel", "DenseKernel"]
     assert order == one * -(-m // PASS_TOKENS)

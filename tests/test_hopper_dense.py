@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from backends.hopper import dense_plan
-from backends.hopper.dense_plan import CHUNK, DenseKernelTile, DenseTiling, dense_tiling
+from backends.hopper.dense_plan import DecodeConfig, DenseKernelTile, DenseTiling, dense_tiling
+from backends.problem import dtype_name
 from backends.triton import layout
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
@@ -20,33 +21,32 @@ SHAPES = [(64, 7168, 65536), (128, 7168, 65536), (512, 7168, 65536), (512, 7168,
 @pytest.mark.parametrize("clusters", [1, 3, 7, 66])
 @pytest.mark.parametrize("tokens, hidden, k", SHAPES)
 def test_every_chunk_of_every_tile_is_computed_once(clusters, tokens, hidden, k):
-    tiling = dense_tiling(tokens, hidden, k, clusters)
+    tiling = dense_tiling(tokens, hidden, k, clusters=clusters)
     assert tiling.token_tiles * tiling.kernel.tokens >= tokens and tiling.row_tiles * tiling.kernel.rows >= hidden
     computed = torch.zeros(tiling.whole + tiling.streamed, tiling.chunks, dtype=torch.int32)
-    parts = set()
     for cluster in range(tiling.clusters):
         work = list(_segments(tiling, cluster))
         assert work, "a cluster without work would read what nobody copies"
-        for tile, first, last, part in work:
+        for tile, first, last in work:
             computed[tile, first:last] += 1
-            assert part not in parts and 0 <= part < tiling.whole + tiling.streamed * tiling.slots
-            parts.add(part)
+            if first > 0:
+                # The first of a tile finds the others' sums in the order of K, and their work was begun by blocks before.
+                owner = tiling.owner((tile - tiling.whole) * tiling.chunks)
+                assert 1 <= cluster - owner <= tiling.slots
     assert bool((computed == 1).all())
-    lengths = [sum(last - first for _, first, last, _ in _segments(tiling, c)) for c in range(tiling.clusters)]
+    lengths = [sum(last - first for _, first, last in _segments(tiling, c)) for c in range(tiling.clusters)]
     assert max(lengths) - min(lengths) <= 1
 
 
 def _segments(tiling: DenseTiling, cluster: int):
-    """(tile, first chunk, end, part) of a cluster, as the docstring of `DenseTiling` says."""
+    """(tile, first chunk, end) of a cluster, as the docstring of `DenseTiling` says."""
     for turn in range(tiling.full):
-        tile = cluster + turn * tiling.clusters
-        yield tile, 0, tiling.chunks, tile
+        yield cluster + turn * tiling.clusters, 0, tiling.chunks
     begin, end = tiling.share(cluster)
     while begin < end:
         tile = begin // tiling.chunks
         stop = min(end, (tile + 1) * tiling.chunks)
-        slot = cluster - tiling.owner(tile * tiling.chunks)
-        yield tiling.whole + tile, begin % tiling.chunks, stop - tile * tiling.chunks, tiling.whole + tile * tiling.slots + slot
+        yield tiling.whole + tile, begin % tiling.chunks, stop - tile * tiling.chunks
         begin = stop
 
 
@@ -55,10 +55,9 @@ def test_tiles_cover_the_tokens_and_shared_memory_fits(tokens):
     kernel = dense_plan.kernel_tile(tokens)
     assert kernel.tokens % 16 == 0 and dense_plan.kernel_tile(tokens - 15) == kernel
     assert 0 <= dense_tiling(tokens, 7168, 65536).columns - tokens < 16 * -(-tokens // dense_plan._WIDEST)
-    weights = kernel.weight_chunks * (kernel.cta_rows * CHUNK * 9 // 16 + 4 * kernel.tokens)
-    activations = kernel.act_slots * 128 * kernel.tokens
-    barriers = 16 * (kernel.weight_chunks + kernel.act_slots)
-    assert weights + activations + barriers <= 227 * 1024
+    stage = kernel.cta_rows * 128 // 2 + max(kernel.cta_rows * 16, 4 * kernel.tokens) + kernel.tokens * 256
+    # The copying warps run at least a stage ahead of the two that multiplying warps wait for together.
+    assert kernel.stages >= 3 and kernel.stages * (stage + 16) <= 227 * 1024
 
 
 # ---- the kernel
@@ -78,53 +77,82 @@ def _image(a, columns: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=None)
-def _compiled(kernel: DenseKernelTile):
-    cutlass = pytest.importorskip("cutlass")
-    import cutlass.cute as cute
-    from cutlass.cute.runtime import make_fake_stream, make_ptr
-
-    from backends.hopper.dense import DenseKernel
+def _compiled(config: DecodeConfig | DenseKernelTile):
+    """(the kernel, compiled for the emulator)."""
+    pytest.importorskip("cutlass")
+    from backends.hopper import compiler
     from tests.emulator import compile_target
 
-    instance = DenseKernel(kernel)
-    pointers = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in instance.pointers]
-    integers = [cutlass.Int32(0)] * instance.INTEGERS
     with compile_target("sm_90a"):
-        return instance, cute.compile(instance, *pointers, *integers, make_fake_stream())
+        return compiler.kernel_of(config), compiler.compile_kernel(config)
 
 
-def _emulate(tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out in float32, the kernel's part sums)."""
+def _launch(config: DecodeConfig | DenseKernelTile, buffers: dict[str, torch.Tensor], integers, **options) -> None:
     cutlass = pytest.importorskip("cutlass")
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_ptr
 
     from tests.emulator import emulate
 
-    (tokens, k), experts, tile = a.shape, alpha.shape[1], tiling.kernel
+    kernel, function = _compiled(config)
+    assert len(buffers) == len(kernel.pointers) and len(integers) == kernel.INTEGERS
+    pointers = [
+        make_ptr(t, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
+        for (t, align), tensor in zip(kernel.pointers, buffers.values())
+    ]
+    emulate(function, *pointers, *map(cutlass.Int32, integers), 0, buffers=buffers, **options)
+
+
+@pytest.mark.parametrize("scales", ["128x4", "linear"])
+@pytest.mark.parametrize("tokens", [5, 130])
+def test_decoded_activations(tokens, scales):
+    experts, k = 3, 3 * 256
+    a, _ = make_operands(tokens, 8, k, seed=tokens, layout=scales)
+    tiling = dense_tiling(tokens, 256, k)
+    counts = torch.full((experts,), tokens, dtype=torch.int32)
+    acts = torch.full((k // 64 * tiling.columns * 32,), -1, dtype=torch.int32)
+    flags = torch.full((tiling.flags + 1,), 7, dtype=torch.int32)
+    buffers = dict(a_data=a.data, a_scale=a.scale, counts=counts, acts=acts, flags=flags)
+    integers = (tokens, tiling.columns, experts, tiling.chunks, tiling.flags)
+    _launch(DecodeConfig(scales == "128x4"), buffers, integers)
+    assert torch.equal(acts, _image(a, tiling.columns).view(torch.int32).reshape(-1))
+    assert bool((flags[:-1] == 0).all()) and flags[-1] == 7
+    # A routed call leaves everything as it is.
+    acts.fill_(-1)
+    counts.fill_(tokens // 8)
+    _launch(DecodeConfig(scales == "128x4"), buffers, integers)
+    assert bool((acts == -1).all())
+
+
+def test_a_scale_factor_that_is_no_number_makes_its_products_none():
+    a, _ = make_operands(8, 8, 256, seed=1, layout="linear")
+    a.scale[3, 5] = 0x7F
+    acts = torch.zeros(4 * 16, 8, 8, dtype=torch.float16)
+    buffers = dict(
+        a_data=a.data, a_scale=a.scale, counts=torch.full((1,), 8, dtype=torch.int32), acts=acts,
+        flags=torch.zeros(1, dtype=torch.int32),
+    )  # fmt: skip
+    _launch(DecodeConfig(False), buffers, (8, 16, 1, 1, 1))
+    bad = acts.view(4, 16, 64).isnan().nonzero()
+    assert {(q, token) for q, token, _ in bad.tolist()} == {(1, 3)} and len(bad) == 16
+
+
+def _emulate(
+    tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
+) -> torch.Tensor:
+    """out, poisoned before."""
+    (tokens, k), experts = a.shape, alpha.shape[1]
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)
     alpha_t[:, :tokens] = alpha.T
-    parts = torch.full((tiling.whole + tiling.streamed * tiling.slots, tile.tokens, tile.rows), float("nan"))
-    counts = (alpha != 0).sum(0).int()
+    out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
-        acts=_image(a, tiling.columns), w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t, counts=counts,
-        parts=parts,
+        acts=_image(a, tiling.columns), w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
+        counts=(alpha != 0).sum(0).int(), parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
+        flags=torch.zeros(max(tiling.flags, 1), dtype=torch.int32), out=out,
     )  # fmt: skip
-    instance, function = _compiled(tile)
-    pointers = [
-        make_ptr(t, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
-        for (t, align), tensor in zip(instance.pointers, buffers.values())
-    ]
-    integers = tiling.integers(tokens, hidden, experts, k)
-    assert len(integers) == instance.INTEGERS
-    emulate(function, *pointers, *map(cutlass.Int32, integers), 0, buffers=buffers, **options)
-    out = torch.zeros(tiling.columns, tiling.row_tiles * tile.rows)
-    for cluster in range(tiling.clusters):
-        for number, _, _, part in _segments(tiling, cluster):
-            column, row = number // tiling.row_tiles * tile.tokens, number % tiling.row_tiles * tile.rows
-            out[column : column + tile.tokens, row : row + tile.rows] += parts[part] * 65536
-    return out[:tokens, :hidden], parts
+    _launch(tiling.kernel, buffers, tiling.integers(tokens, hidden, experts), **options)
+    return out
 
 
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
@@ -136,16 +164,25 @@ def _emulate(tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, **opti
 def test_meets_the_bar(m, n, experts, inner, clusters, kind, schedule):
     a, b = make_operands(m, n, experts * inner, m + n)
     alpha = make_alpha(kind, m, experts, torch.Generator().manual_seed(m))
-    tiling = dense_tiling(m, n, experts * inner, clusters)
-    out, parts = _emulate(tiling, n, a, b, alpha, schedule=schedule, seed=m)
+    tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
+    out = _emulate(tiling, n, a, b, alpha, schedule=schedule, seed=m)
     assert_meets_bar(out, *reference(a, b, alpha))
     if schedule != "eager":
-        assert torch.equal(parts, _emulate(tiling, n, a, b, alpha)[1]), "the result must not depend on timing"
+        assert torch.equal(out, _emulate(tiling, n, a, b, alpha)), "the result must not depend on timing"
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
+def test_output_types(out_dtype):
+    m, n, experts = 70, 201, 3
+    a, b = make_operands(m, n, experts * 256, 9)
+    alpha = make_alpha("dense", m, experts, torch.Generator().manual_seed(m))
+    tiling = dense_tiling(m, n, experts * 256, dtype_name(out_dtype), 2)
+    assert_meets_bar(_emulate(tiling, n, a, b, alpha, out_dtype), *reference(a, b, alpha))
 
 
 def test_routed_alpha_is_left_to_the_other_kernel():
     m, n, experts = 64, 192, 8
     a, b = make_operands(m, n, experts * 256, 5)
     alpha = torch.eye(experts).repeat(m // experts, 1)
-    _, parts = _emulate(dense_tiling(m, n, experts * 256), n, a, b, alpha)
-    assert bool(parts.isnan().all()), "nothing may be written where a quarter of alpha or less is nonzero"
+    out = _emulate(dense_tiling(m, n, experts * 256), n, a, b, alpha)
+    assert bool(out.isnan().all()), "nothing may be written where a quarter of alpha or less is nonzero"

@@ -9,9 +9,7 @@ import torch
 from backends.cute.backend import dsl_support
 from backends.device import DeviceInfo
 from backends.hopper import tactic as rules
-from backends.hopper.dense_plan import DenseKernelTile
-from backends.hopper.stream_plan import StreamConfig
-from backends.hopper.tactic import CAPABILITY, PASS_TOKENS, HopperTactic
+from backends.hopper.tactic import CAPABILITY, PASS_TOKENS, HopperTactic, KernelConfig
 from backends.interface import Support
 from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
 from backends.problem import Fc2Problem
@@ -30,7 +28,7 @@ class HopperBackend(layout.ReadsFragments):
     tactic_type = HopperTactic
 
     def __init__(self) -> None:
-        self._launchers: dict[StreamConfig | DenseKernelTile, object] = {}
+        self._launchers: dict[KernelConfig, object] = {}
         self._loading = threading.Lock()
         # What has run at least once: (device, everything that selects a compiled kernel).
         self._compiled: set[tuple] = set()
@@ -77,7 +75,7 @@ class HopperBackend(layout.ReadsFragments):
                 launch.run(problem, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
         self._compiled.add(_kernel_key(problem, tactic))
 
-    def _launcher(self, config: StreamConfig | DenseKernelTile):
+    def _launcher(self, config: KernelConfig):
         """The kernel, from memory, from disk, or compiled and kept there."""
         if config not in self._launchers:
             from backends.hopper import compiler

@@ -10,23 +10,28 @@ from cutlass.cute.runtime import make_fake_stream, make_ptr
 
 from backends.cute import cache
 from backends.cute.launcher import HOST_TARGETS, SYMBOL, Launcher
+from backends.hopper.decode import DecodeKernel
 from backends.hopper.dense import DenseKernel
-from backends.hopper.dense_plan import DenseKernelTile
+from backends.hopper.dense_plan import DecodeConfig, DenseKernelTile
 from backends.hopper.stream import StreamKernel
 from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.tactic import KernelConfig
 
 ARCH = "sm_90a"
 _SOURCES = tuple(
     Path(__file__).parent / name
-    for name in ("stream.py", "stream_plan.py", "dense.py", "dense_plan.py", "dense_ptx.py", "instructions.py", "compiler.py")
-)
+    for name in (
+        "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "dense_ptx.py", "instructions.py", "compiler.py",
+    )
+)  # fmt: skip
+_KERNELS = {StreamConfig: StreamKernel, DecodeConfig: DecodeKernel, DenseKernelTile: DenseKernel}
 
 
-def kernel_of(config: StreamConfig | DenseKernelTile) -> StreamKernel | DenseKernel:
-    return StreamKernel(config) if isinstance(config, StreamConfig) else DenseKernel(config)
+def kernel_of(config: KernelConfig) -> StreamKernel | DecodeKernel | DenseKernel:
+    return _KERNELS[type(config)](config)
 
 
-def compile_kernel(config: StreamConfig | DenseKernelTile, machine: str = platform.machine(), options: str = ""):
+def compile_kernel(config: KernelConfig, machine: str = platform.machine(), options: str = ""):
     """The DSL's compiled function; needs no GPU and takes about a second."""
     kernel = kernel_of(config)
     pointers = [make_ptr(t, 0, cute.AddressSpace.gmem, assumed_align=align) for t, align in kernel.pointers]
@@ -35,7 +40,7 @@ def compile_kernel(config: StreamConfig | DenseKernelTile, machine: str = platfo
     return cute.compile(kernel, *pointers, *sizes, make_fake_stream(), options=options)
 
 
-def load(config: StreamConfig | DenseKernelTile) -> Launcher:
+def load(config: KernelConfig) -> Launcher:
     """The kernel from disk, or compiled and kept there."""
     kernel = kernel_of(config)
     fields = {"kernel": type(kernel).__name__, "config": repr(config), "arch": ARCH, "machine": platform.machine()}

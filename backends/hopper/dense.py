@@ -1,14 +1,14 @@
 """Dense alpha on SM 9.0: every expert meets every token, on the warpgroup instructions.
 
-A cluster of two CTAs takes a tile of neighbouring rows of B and up to 192 tokens, and walks K in chunks of 256:
+A cluster of two CTAs takes a tile of neighbouring rows of B and up to 192 tokens, and walks K in stages of 128:
 
 - the activations, decoded to float16 once per call, are needed by both CTAs; each fetches half of them from the L2 and
   multicasts it to both;
 - each CTA streams its own rows' prepared weights. Groups of four warps decode 64 rows each in registers, the left
-  operand, and multiply: while one slice of 64 values of K is multiplied, the next is decoded. The partial sum of a chunk
-  and the running total, `total += alpha * partial`, are both float32 registers.
+  operand, and multiply: while some steps of 16 values of K are multiplied, the next are decoded. The partial sum of a
+  chunk of 256 and the running total, `total += alpha * partial`, are both float32 registers.
 
-Two warps of their own keep the two rings of shared memory full. Tiles and shares of them: `dense_plan.DenseTiling`.
+Two warps of their own keep the ring of stages full. Tiles and shares of them: `dense_plan.DenseTiling`.
 """
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ import cutlass.cute as cute
 from cutlass.memory import SmemAllocator
 
 from backends.hopper import dense_ptx as ptx
-from backends.hopper.dense_plan import CHUNK, CLUSTER, GROUP_ROWS, DenseKernelTile
+from backends.hopper import instructions as ins
+from backends.hopper.dense_plan import CHUNK, CLUSTER, DenseKernelTile
 
-#: Bytes of prepared weights and scale factors of 128 rows and one chunk: four contiguous blocks of 32 rows each.
-_PIECE_ROWS, _WEIGHT_BYTES, _SCALE_BYTES = 128, 16384, 2048
+_OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
+#: Rows of a block of prepared weights, the bytes of half a chunk of it, and those of a chunk's scale factors.
+_BLOCK_ROWS, _HALF_BYTES, _SCALE_BYTES = 32, 2048, 512
 #: Bytes of a token's slice of 64 float16 values: one row of the 128-byte swizzle.
 _SLICE_BYTES = 128
-#: Slices of a chunk.
-_SLICES = 4
+#: Slices of a chunk, and steps of 16 values of K of a slice.
+_SLICES, _STEPS = 4, 4
 _GROUP_THREADS = 128
 # Named barrier 0 is __syncthreads.
 _STAGGER_BARRIER = 1
@@ -40,24 +42,23 @@ _EVICT_FIRST, _EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
-    #: Types and alignments in bytes of the pointers of `__call__`.
-    pointers = (
-        (cutlass.Float16, 16), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16), (cutlass.Int32, 4),
-        (cutlass.Float32, 16),
-    )  # fmt: skip
     #: Integers of `__call__`.
     INTEGERS = 11
 
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
-        self.pieces = tile.cta_rows // _PIECE_ROWS
+        self.out_type = _OUT_TYPES[tile.out_dtype]
+        self.blocks = tile.cta_rows // _BLOCK_ROWS
+        self.stage_bytes = tile.data_bytes + tile.aside_bytes
         self.slice_bytes = tile.tokens * _SLICE_BYTES
-        self.alpha_at = self.pieces * (_WEIGHT_BYTES + _SCALE_BYTES)
-        self.stage_bytes = self.alpha_at + 4 * tile.tokens
-        self.warps = 4 * tile.groups
         # Two groups in step would both leave the tensor cores idle while they add to their totals. One that starts half a
         # chunk later stays behind: 1 to 2% at 128 tokens and more (H200, November 2026).
         self.staggered = tile.groups == 2
+        #: Types and alignments in bytes of the pointers of `__call__`.
+        self.pointers = (
+            (cutlass.Float16, 16), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16), (cutlass.Int32, 4),
+            (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
+        )  # fmt: skip
 
     @cute.jit
     def __call__(
@@ -68,13 +69,15 @@ class DenseKernel:
         alpha_t: cute.Pointer,
         counts: cute.Pointer,
         parts: cute.Pointer,
+        flags: cute.Pointer,
+        out: cute.Pointer,
         tokens: cutlass.Int32,
+        hidden: cutlass.Int32,
         experts: cutlass.Int32,
-        blocks: cutlass.Int32,
-        chunks: cutlass.Int32,
         expert_chunks: cutlass.Int32,
         columns: cutlass.Int32,
         row_tiles: cutlass.Int32,
+        chunks: cutlass.Int32,
         clusters: cutlass.Int32,
         full: cutlass.Int32,
         streamed: cutlass.Int32,
@@ -88,12 +91,12 @@ class DenseKernel:
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
-            parts: float32 [whole + streamed * slots, tokens of a tile, rows of a tile], 2^-16 of the part sums.
-            blocks: blocks of 32 rows that the prepared weights have.
+            parts, flags: workspaces, `DenseTiling.parts_floats` and `DenseTiling.flags`.
+            out: [tokens, hidden].
             others: `DenseTiling.integers`.
         """
         self.kernel(
-            acts, w_data, w_scale, alpha_t, counts, parts, tokens, experts, blocks,
+            acts, w_data, w_scale, alpha_t, counts, parts, flags, out, tokens, hidden, experts,
             expert_chunks, columns, Work(row_tiles, chunks, clusters, full, streamed, slots),
         ).launch(
             grid=(CLUSTER, clusters, 1),
@@ -102,41 +105,41 @@ class DenseKernel:
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
-        )
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
         self, acts: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer, alpha_t: cute.Pointer,
-        counts: cute.Pointer, parts: cute.Pointer, tokens: cutlass.Int32, experts: cutlass.Int32,
-        blocks: cutlass.Int32, expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
-    ):
+        counts: cute.Pointer, parts: cute.Pointer, flags: cute.Pointer, out: cute.Pointer, tokens: cutlass.Int32,
+        hidden: cutlass.Int32, experts: cutlass.Int32, expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
+    ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        pairs = cutlass.Int32(0)
-        for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
-            pairs += cute.arch.load(counts + e, cutlass.Int32)
-        if cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts:
-            self.run(acts, w_data, w_scale, alpha_t, parts, blocks, expert_chunks, columns, work, warp)
+        if ins.is_dense(counts, tokens, experts):
+            self.run(
+                acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
+            )
 
     @cute.jit
-    def run(self, acts, w_data, w_scale, alpha_t, parts, blocks, expert_chunks, columns, work, warp):
-        rank, cluster, _ = cute.arch.block_idx()
+    def run(self, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp):
+        rank, number, _ = cute.arch.block_idx()
+        # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
+        # shared with others might never have room for them.
+        cluster = work.clusters - 1 - number
         tile = self.tile
         smem = SmemAllocator()
-        rings = Rings(
-            smem.allocate(tile.act_slots * self.slice_bytes, 1024).toint(),
-            smem.allocate(tile.weight_chunks * self.stage_bytes, 128).toint(),
-            *(smem.allocate_array(cutlass.Int64, n) for n in (tile.act_slots,) * 2 + (tile.weight_chunks,) * 2),
+        ring = Ring(
+            smem.allocate(tile.stages * tile.acts_bytes, 1024).toint(),
+            smem.allocate(tile.stages * self.stage_bytes, 128).toint(),
+            smem.allocate_array(cutlass.Int64, tile.stages),
+            smem.allocate_array(cutlass.Int64, tile.stages),
         )
         if warp == 0:
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(tile.act_slots):
-                    cute.arch.mbarrier_init(rings.acts_full + i, 1)
-                    cute.arch.mbarrier_init(rings.acts_empty + i, CLUSTER * self.warps)
-                for i in cutlass.range_constexpr(tile.weight_chunks):
-                    cute.arch.mbarrier_init(rings.weights_full + i, 1)
-                    cute.arch.mbarrier_init(rings.weights_empty + i, self.warps)
+                for i in cutlass.range_constexpr(tile.stages):
+                    cute.arch.mbarrier_init(ring.full + i, 2)
+                    cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
@@ -144,210 +147,247 @@ class DenseKernel:
             cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
             if warp == 0:
                 with cute.arch.elect_one():
-                    self.copy_weights(rings, w_data, w_scale, alpha_t, blocks, expert_chunks, columns, work, rank, cluster)
+                    self.copy_weights(ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster)
             if warp == 1:
                 with cute.arch.elect_one():
-                    self.copy_activations(rings, acts, columns, work, rank, cluster)
+                    self.copy_activations(ring, acts, columns, work, rank, cluster)
         else:
             cute.arch.setmaxregister_increase(_REGISTERS[tile.groups])
-            self.multiply(rings, parts, work, rank, cluster, warp - 4)
+            self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
         # No CTA may leave while its peer still signals its barriers.
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
 
     @cute.jit
-    def copy_weights(self, rings, w_data, w_scale, alpha_t, blocks, expert_chunks, columns, work, rank, cluster):
-        """One thread: the CTA's weights, scale factors and alpha, chunk by chunk."""
+    def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster):
+        """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second."""
         policy = cutlass.Int64(_EVICT_FIRST)
+        blocks = (hidden + 127) // 128 * 4
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
-            row = (tile % work.row_tiles * CLUSTER + rank) * (self.tile.cta_rows // 32)
+            row = (tile % work.row_tiles * CLUSTER + rank) * self.blocks
             column = tile // work.row_tiles * self.tile.tokens
             for chunk in cutlass.range(first, last, unroll=1):
-                barrier, words = rings.weights_full + stage, rings.weights + stage * self.stage_bytes
-                cute.arch.mbarrier_wait(rings.weights_empty + stage, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.stage_bytes)
-                for piece in cutlass.range_constexpr(self.pieces):
-                    # Rows past the end of B repeat its last 128.
-                    block = chunk.to(cutlass.Int64) * blocks + cutlass.min(row + 4 * piece, blocks - 4)
-                    ptx.bulk_copy(
-                        words + piece * _WEIGHT_BYTES, w_data + block * 1024, _WEIGHT_BYTES, barrier.toint(), policy
-                    )
-                    scales = words + self.pieces * _WEIGHT_BYTES + piece * _SCALE_BYTES
-                    ptx.bulk_copy(scales, w_scale + block * 128, _SCALE_BYTES, barrier.toint(), policy)
-                weights = alpha_t + (chunk // expert_chunks) * columns + column
-                ptx.bulk_copy(
-                    words + self.alpha_at, weights, 4 * self.tile.tokens, barrier.toint(), cutlass.Int64(_EVICT_LAST)
-                )
-                stage += 1
-                if stage == self.tile.weight_chunks:
-                    stage, phase = cutlass.Int32(0), phase ^ 1
+                line = chunk.to(cutlass.Int64) * blocks
+                for half in cutlass.range_constexpr(2):
+                    barrier, words = ring.full + stage, ring.weights + stage * self.stage_bytes
+                    aside = words + self.tile.data_bytes
+                    aside_bytes = 4 * self.tile.tokens if half else self.blocks * _SCALE_BYTES
+                    cute.arch.mbarrier_wait(ring.empty + stage, phase)
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.data_bytes + aside_bytes)
+                    for first_block in cutlass.range_constexpr(0, self.blocks, 4):
+                        # Rows past the end of B repeat its last 128.
+                        block = line + cutlass.min(row + first_block, blocks - 4)
+                        for i in cutlass.range_constexpr(4):
+                            ptx.bulk_copy(
+                                words + (first_block + i) * _HALF_BYTES,
+                                w_data + ((block + i) * 2 + half) * (_HALF_BYTES // 4), _HALF_BYTES, barrier.toint(), policy,
+                            )  # fmt: skip
+                        if cutlass.const_expr(half == 0):
+                            ptx.bulk_copy(
+                                aside + first_block * _SCALE_BYTES, w_scale + block * (_SCALE_BYTES // 4),
+                                4 * _SCALE_BYTES, barrier.toint(), policy,
+                            )  # fmt: skip
+                    if cutlass.const_expr(half == 1):
+                        weights = alpha_t + (chunk // expert_chunks) * columns + column
+                        ptx.bulk_copy(aside, weights, aside_bytes, barrier.toint(), cutlass.Int64(_EVICT_LAST))
+                    stage, phase = self.after(stage, phase)
 
     @cute.jit
-    def copy_activations(self, rings, acts, columns, work, rank, cluster):
+    def copy_activations(self, ring, acts, columns, work, rank, cluster):
         """One thread: this CTA's half of every slice of activations, into both CTAs."""
         policy = cutlass.Int64(_EVICT_LAST)
         half = self.slice_bytes // CLUSTER
-        slot, phase = cutlass.Int32(0), cutlass.Int32(1)
+        stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
             column = tile // work.row_tiles * self.tile.tokens + rank * (self.tile.tokens // CLUSTER)
-            for k in cutlass.range(first * _SLICES, last * _SLICES, unroll=1):
-                cute.arch.mbarrier_wait(rings.acts_empty + slot, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(rings.acts_full + slot, self.slice_bytes)
-                line = k.to(cutlass.Int64) * columns + column
-                ptx.bulk_multicast(
-                    rings.acts + slot * self.slice_bytes + rank * half, acts + line * (_SLICE_BYTES // 2), half,
-                    (rings.acts_full + slot).toint(), (1 << CLUSTER) - 1, policy,
-                )  # fmt: skip
-                slot, phase = self.after(slot, phase, 1)
+            for k in cutlass.range(first * _SLICES, last * _SLICES, 2, unroll=1):
+                cute.arch.mbarrier_wait(ring.empty + stage, phase)
+                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts_bytes)
+                for i in cutlass.range_constexpr(2):
+                    line = (k + i).to(cutlass.Int64) * columns + column
+                    ptx.bulk_multicast(
+                        ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half,
+                        acts + line * (_SLICE_BYTES // 2), half, (ring.full + stage).toint(), (1 << CLUSTER) - 1, policy,
+                    )  # fmt: skip
+                stage, phase = self.after(stage, phase)
 
     @cute.jit
-    def multiply(self, rings, parts, work, rank, cluster, warp):
+    def multiply(self, ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp):
         """A multiplying warp: 16 rows of its group's 64, all tokens of the tile.
 
-        `depth` slices are being multiplied while the next one is decoded, as many as registers allow. With 0 the two
-        groups of warps take turns at the tensor cores.
+        A turn of the tensor cores multiplies `steps` steps of 16 values of K; each step's operand is one word of
+        prepared weights of every thread, decoded. While one turn is decoded, the one before is at the tensor cores.
         """
-        count, depth = self.tile.tokens // 2, self.tile.depth
+        tile, steps = self.tile, self.tile.steps
+        turns = _STEPS // steps  # of a slice
+        count = _SLICES * turns  # of a chunk
         lane = cute.arch.lane_idx()
         # Blocks of 32 rows serve two warps; the second's scale factors lie a byte lower.
-        words_at = warp // 2 * 4096 + warp % 2 * 512 + lane * 16
-        scales_at = self.pieces * _WEIGHT_BYTES + warp // 2 * 512 + lane * 16
-        alpha_at = self.alpha_at + lane % 4 * 8
+        words_at = ring.weights + warp // 2 * _HALF_BYTES + warp % 2 * 512 + lane * 16
+        scales_at = ring.weights + tile.data_bytes + warp // 2 * _SCALE_BYTES + lane * 16
+        alpha_at = ring.weights + tile.data_bytes + lane % 4 * 8
         turned = warp % 2 * 8
-        descriptor = self.descriptor(rings.acts)
-        total = cute.make_rmem_tensor(count, cutlass.Float32)
-        ahead = cute.make_rmem_tensor(max(16 * depth, 1), cutlass.Int32)
+        right = ptx.descriptor(ring.acts)
+        total = cute.make_rmem_tensor(tile.tokens // 2, cutlass.Float32)
+        # What the chunk before leaves to the next: its first operand, the words to be decoded after it, scale factors.
+        ahead = cute.make_rmem_tensor(4 * steps, cutlass.Int32)
+        codes = cute.make_rmem_tensor(4, cutlass.Int32)
+        factors = cute.make_rmem_tensor(4, cutlass.Int32)
         stage, phase = cutlass.Int32(0), cutlass.Int32(0)
-        slot, act_phase = cutlass.Int32(0), cutlass.Int32(0)
         left = work.length(cluster)
         length = left
         group = warp // 4
         if cutlass.const_expr(self.staggered):
             if group == 1:
                 cute.arch.barrier(barrier_id=_STAGGER_BARRIER, number_of_threads=2 * _GROUP_THREADS)
-        cute.arch.mbarrier_wait(rings.weights_full, 0)
-        factors = ptx.load_shared4(rings.weights + scales_at)
-        for d in cutlass.range_constexpr(depth):
-            words = ptx.load_shared4(rings.weights + words_at + 1024 * d)
-            self.keep(ahead, 16 * d, self.decode(words, self.factors(factors[d], turned)))
-        cute.arch.mbarrier_wait(rings.acts_full, 0)
+        cute.arch.mbarrier_wait(ring.full, 0)
+        cute.arch.mbarrier_wait(ring.full + 1, 0)
+        scales, words = ptx.load_shared4(scales_at), ptx.load_shared4(words_at)
+        self.keep(ahead, self.decode(words, scales, 0, turned))
+        if cutlass.const_expr(turns == 1):
+            words = ptx.load_shared4(words_at + 1024)
+        self.keep(codes, words)
+        self.keep(factors, scales)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             total.fill(0.0)
-            tile, first, last = work.segment(cluster, segment)
+            number, first, last = work.segment(cluster, segment)
             for chunk in cutlass.range(first, last, unroll=1):
                 left -= 1
-                here = rings.weights + stage * self.stage_bytes
-                factors = ptx.load_shared4(here + scales_at)
-                operands = [[ahead[16 * d + i] for i in range(16)] for d in range(depth)]
-                places = [self.after(slot, act_phase, q) for q in range(_SLICES)]
-                codes, sums = ptx.load_shared4(here + words_at + 1024 * depth), None
-                for q in cutlass.range_constexpr(_SLICES):
-                    if cutlass.const_expr(q >= depth):
-                        if cutlass.const_expr(q > depth):
-                            ptx.wait_multiply(depth)
-                            self.release(rings.acts_empty + places[q - depth - 1][0], lane)
-                        operands.append(self.decode(codes, self.factors(factors[q], turned)))
-                    if cutlass.const_expr(depth <= q < _SLICES - 1):
-                        codes = ptx.load_shared4(here + words_at + 1024 * (q + 1))
-                    if cutlass.const_expr(q > 0):
-                        cute.arch.mbarrier_wait(rings.acts_full + places[q][0], places[q][1])
-                    right = descriptor + (places[q][0] * (self.slice_bytes // 16)).to(cutlass.Int64)
-                    sums = ptx.multiply(sums, operands[q], right, self.tile.tokens)
-                    if cutlass.const_expr(self.staggered and q == 1):
+                second, second_phase = self.after(stage, phase)
+                following, following_phase = self.after(second, second_phase)
+                words, scales = [codes[i] for i in range(4)], [factors[i] for i in range(4)]
+                operand, sums = [ahead[i] for i in range(4 * steps)], None
+                for turn in cutlass.range_constexpr(count):
+                    sums = ptx.multiply(sums, operand, right + self.place(turn, stage, second), tile.tokens)
+                    if cutlass.const_expr(self.staggered and turn == count // 2):
                         if left == length - 1:
                             if group == 0:
                                 cute.arch.barrier_arrive(
                                     barrier_id=_STAGGER_BARRIER, number_of_threads=2 * _GROUP_THREADS
                                 )
-                # The next chunk's first slices are decoded before this one's sums are ready; after the last, its own.
-                next_stage, next_phase = stage + 1, phase
-                if next_stage == self.tile.weight_chunks:
-                    next_stage, next_phase = cutlass.Int32(0), phase ^ 1
-                slot, act_phase = self.after(slot, act_phase, _SLICES)
-                following = here
-                if left > 0:
-                    cute.arch.mbarrier_wait(rings.weights_full + next_stage, next_phase)
-                    following = rings.weights + next_stage * self.stage_bytes
-                if cutlass.const_expr(depth > 0):
-                    factors = ptx.load_shared4(following + scales_at)
-                ready = []
-                for d in cutlass.range_constexpr(depth):
-                    codes = ptx.load_shared4(following + words_at + 1024 * d)
-                    ptx.wait_multiply(depth - d)
-                    self.release(rings.acts_empty + places[_SLICES - 1 - depth + d][0], lane)
-                    ready += self.decode(codes, self.factors(factors[d], turned))
-                alphas = []
-                if cutlass.const_expr(depth > 1):
-                    alphas = [ptx.load_shared2(here + alpha_at + 32 * j) for j in range(self.tile.tokens // 8)]
+                    if cutlass.const_expr(turn > 0):
+                        ptx.wait_multiply(1)
+                    if cutlass.const_expr(turn == count // 2):
+                        self.release(ring.empty + stage, lane)
+                    # The next turn's operand; after the last, the next chunk's first.
+                    operand = self.decode(words, scales, (turn + 1) % count, turned)
+                    if cutlass.const_expr((turn + 2) % turns == 0):
+                        slice_ = (turn + 2) // turns
+                        if cutlass.const_expr(slice_ == _SLICES):
+                            if left == 0:
+                                following = stage  # nothing follows: any words will do
+                            else:
+                                cute.arch.mbarrier_wait(ring.full + following, following_phase)
+                            scales = ptx.load_shared4(scales_at + following * self.stage_bytes)
+                        place = (stage, second, following)[slice_ // 2] * self.stage_bytes
+                        words = ptx.load_shared4(words_at + place + slice_ % 2 * 1024)
+                here = alpha_at + second * self.stage_bytes
+                early = tile.tokens if 64 < tile.tokens <= 128 else 0
+                alphas = [ptx.load_shared2(here + 32 * j) for j in range(early // 8)]
                 # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.
                 if left > 0:
-                    cute.arch.mbarrier_wait(rings.acts_full + slot, act_phase)
-                sums, ready = ptx.finish_multiply(sums, ready)
-                self.keep(ahead, 0, ready)
-                self.release(rings.acts_empty + places[_SLICES - 1][0], lane)
-                for j in cutlass.range_constexpr(self.tile.tokens // 8):
-                    alpha = alphas[j] if depth > 1 else ptx.load_shared2(here + alpha_at + 32 * j)
+                    after, after_phase = self.after(following, following_phase)
+                    cute.arch.mbarrier_wait(ring.full + after, after_phase)
+                sums, operand = ptx.finish_multiply(sums, operand)
+                for j in cutlass.range_constexpr(tile.tokens // 8):
+                    alpha = alphas[j] if 8 * j < early else ptx.load_shared2(here + 32 * j)
                     for i in cutlass.range_constexpr(4):
                         total[4 * j + i] = total[4 * j + i] + alpha[i % 2] * sums[4 * j + i]
-                cute.arch.sync_warp()
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(rings.weights_empty + stage)
-                stage, phase = next_stage, next_phase
-            self.store(parts, work.part(cluster, tile), rank, warp, lane, total)
+                self.release(ring.empty + second, lane)
+                self.keep(ahead, operand)
+                self.keep(codes, words)
+                self.keep(factors, scales)
+                stage, phase = following, following_phase
+            self.finish(parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total)
+
+    def place(self, turn, first, second):
+        """Where a turn's activations begin in the ring, in the descriptor's units of 16 bytes."""
+        turns = _STEPS // self.tile.steps
+        stage = (first, second)[turn // (2 * turns)] * (self.tile.acts_bytes // 16)
+        return stage + turn // turns % 2 * (self.slice_bytes // 16) + turn % turns * (2 * self.tile.steps)
 
     @cute.jit
-    def after(self, slot, phase, count: cutlass.Constexpr):
-        """The place in the ring of activations `count` slices on."""
-        slot += count
-        if slot >= self.tile.act_slots:
-            slot, phase = slot - self.tile.act_slots, phase ^ 1
-        return slot, phase
+    def after(self, stage, phase):
+        """The next place in the ring."""
+        stage += 1
+        if stage == self.tile.stages:
+            stage, phase = cutlass.Int32(0), phase ^ 1
+        return stage, phase
 
-    def descriptor(self, address):
-        """Of K-major slices with 128-byte swizzle: groups of 8 tokens are 1024 bytes apart."""
-        constant = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-        return cutlass.Int64(constant) | (address >> 4).to(cutlass.Int64)
+    def decode(self, words, scales, turn, turned) -> list:
+        """A turn's left operand: four registers for each step.
 
-    def factors(self, word, turned):
-        """Scale factors of rows g and g + 8 of the warp, as float16 bits in the sides of a word."""
-        return ptx.turn(word, turned) & 0x7F807F80
+        Args:
+            words: of the turn's slice. scales: of rows g and g + 8 of the warp after turning, of the chunk's slices.
+        """
+        steps = self.tile.steps
+        part, slice_ = turn % (_STEPS // steps) * steps, turn // (_STEPS // steps)
+        factors = ptx.turn(scales[slice_], turned) & 0x7F807F80
+        return [register for word in words[part : part + steps] for register in ptx.decode_weights(word, factors)]
 
-    def decode(self, words, factors) -> list:
-        """The left operand of one slice: 16 registers."""
-        return [register for word in words for register in ptx.decode_weights(word, factors)]
-
-    def keep(self, target: cute.Tensor, at: int, values: list) -> None:
+    def keep(self, target: cute.Tensor, values: list) -> None:
         for i, value in enumerate(values):
-            target[at + i] = value
+            target[i] = value
 
     @cute.jit
     def release(self, barrier, lane):
-        """Give a slice of activations back to both CTAs, which both write into it."""
+        """Give a stage back to both CTAs, which both write into it."""
+        cute.arch.sync_warp()
         if lane < CLUSTER:
             cute.arch.mbarrier_arrive(barrier, lane)
 
     @cute.jit
-    def store(self, parts, part, rank, warp, lane, total):
-        base = parts + part.to(cutlass.Int64) * (self.tile.tokens * self.tile.rows)
-        base += lane % 4 * 2 * self.tile.rows + rank * self.tile.cta_rows + warp * 16 + lane // 4
-        for j in cutlass.range_constexpr(self.tile.tokens // 8):
-            for i in cutlass.range_constexpr(4):
-                cute.arch.store(base + ((8 * j + i % 2) * self.tile.rows + i // 2 * 8), total[4 * j + i])
+    def finish(self, parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total):
+        """The warp's sums of a tile, or of the chunks that the cluster has of it.
+
+        The cluster with the first chunk adds the others' sums in their order and writes the result; the others leave
+        theirs, each thread for the same thread of that cluster, and count up.
+        """
+        tile = self.tile
+        shared = number - work.whole()
+        flag = (flags + ((shared * CLUSTER + rank) * tile.warps + warp)).toint()
+        warps, size = CLUSTER * tile.warps, 16 * tile.tokens
+        mine = (parts + ((shared * work.slots).to(cutlass.Int64) * warps + (rank * tile.warps + warp)) * size + lane * 4).toint()
+        owner = work.owner(shared * work.chunks)
+        if first > 0:
+            mine += (cluster - owner - 1).to(cutlass.Int64) * (warps * size * 4)
+            for i in cutlass.range_constexpr(tile.tokens // 8):
+                ptx.store_global4(mine + 512 * i, [total[4 * i + j] for j in range(4)])
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.signal(flag)
+        else:
+            if last < work.chunks:
+                others = work.owner((shared + 1) * work.chunks - 1) - owner
+                while ptx.counted(flag) < others:
+                    pass
+                for _ in cutlass.range(others, unroll=1):
+                    for i in cutlass.range_constexpr(tile.tokens // 8):
+                        for j, value in enumerate(ptx.load_global4(mine + 512 * i)):
+                            total[4 * i + j] = total[4 * i + j] + value
+                    mine += warps * size * 4
+            row = (number % work.row_tiles * CLUSTER + rank) * tile.cta_rows + warp * 16 + lane // 4
+            token = number // work.row_tiles * tile.tokens + lane % 4 * 2
+            width = self.out_type.width // 8
+            line = out.toint() + (token.to(cutlass.Int64) * hidden + row) * width
+            for j in cutlass.range_constexpr(tile.tokens // 8):
+                for i in cutlass.range_constexpr(4):
+                    wanted = (token + (8 * j + i % 2) < tokens) & (row + i // 2 * 8 < hidden)
+                    target = line + (8 * j + i % 2) * hidden.to(cutlass.Int64) * width + i // 2 * 8 * width
+                    ptx.store_if(wanted, target, total[4 * j + i] * 65536.0, self.out_type)
 
 
 @dataclass(frozen=True)
-class Rings:
-    """Shared memory addresses of the two rings, and their barriers."""
+class Ring:
+    """Shared memory addresses of the stages, and their barriers."""
 
     acts: cutlass.Int32
     weights: cutlass.Int32
-    acts_full: cute.Pointer
-    acts_empty: cute.Pointer
-    weights_full: cute.Pointer
-    weights_empty: cute.Pointer
+    full: cute.Pointer
+    empty: cute.Pointer
 
 
 @dataclass(frozen=True)
@@ -361,9 +401,17 @@ class Work:
     streamed: cutlass.Int32
     slots: cutlass.Int32
 
+    def whole(self):
+        """Tiles that one cluster computes alone."""
+        return self.full * self.clusters
+
     def share(self, cluster):
         units = self.streamed * self.chunks
         return cluster * units // self.clusters, (cluster + 1) * units // self.clusters
+
+    def owner(self, unit):
+        """The cluster whose share holds a chunk of the streamed tiles."""
+        return ((unit + 1) * self.clusters - 1) // (self.streamed * self.chunks)
 
     def length(self, cluster):
         """Chunks of the cluster."""
@@ -386,13 +434,3 @@ class Work:
         if index < self.full:
             tile, low, high = cluster + index * self.clusters, cutlass.Int32(0), self.chunks
         return tile, low, high
-
-    @cute.jit
-    def part(self, cluster, tile):
-        """Where the cluster's sum of a tile goes."""
-        whole = self.full * self.clusters
-        part = tile
-        if tile >= whole:
-            owner = ((tile - whole) * self.chunks + 1) * self.clusters - 1
-            part = whole + (tile - whole) * self.slots + cluster - owner // (self.streamed * self.chunks)
-        return part

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 #: Values of K per chunk, the unit of the prepared weights; an expert is a multiple of it.
 CHUNK = 256
+#: Values of K per stage of shared memory: half a chunk, two slices of 64.
+STAGE = 128
 #: Rows of B that one group of four multiplying warps takes: the height of the warpgroup instruction.
 GROUP_ROWS = 64
 #: CTAs of a cluster: neighbouring row tiles that share the activations.
@@ -15,18 +17,26 @@ CLUSTER = 2
 CLUSTERS = 66
 # Shared memory of a CTA, less room for barriers and alignment.
 _SHARED_BYTES = 226 * 1024
+# More stages gain nothing.
+_MAX_STAGES = 8
 # Widest token tile: a thread holds two float32 sums of each of its tokens / 2 elements in its 240 registers.
-_WIDEST = 192
+_WIDEST = 176
+
+
+class DecodeConfig(NamedTuple):
+    """What selects the kernel that decodes activations."""
+
+    a_swizzled: bool  # A's scale factors are in the "128x4" layout, else linear
 
 
 class DenseKernelTile(NamedTuple):
-    """What selects a compiled kernel."""
+    """What selects the kernel that multiplies."""
 
     tokens: int  # per tile, a multiple of 16: the width of the warpgroup instruction
     groups: int  # of four warps that decode weights and multiply
-    act_slots: int  # slices of 64 values of K of decoded activations in shared memory
-    weight_chunks: int  # chunks of weights in shared memory
-    depth: int  # slices of 64 values of K being multiplied while the next is decoded
+    stages: int  # of 128 values of K in shared memory: weights, and decoded activations
+    steps: int  # of 16 values of K that are decoded while as many before them are multiplied: 1, 2 or 4
+    out_dtype: str  # "bfloat16", "float16" or "float32"
 
     @property
     def cta_rows(self) -> int:
@@ -37,20 +47,38 @@ class DenseKernelTile(NamedTuple):
         """Rows of B per tile, which is a cluster's."""
         return self.cta_rows * CLUSTER
 
+    @property
+    def warps(self) -> int:
+        """Multiplying warps of a CTA."""
+        return 4 * self.groups
 
-def kernel_tile(tokens: int) -> DenseKernelTile:
+    @property
+    def data_bytes(self) -> int:
+        """Weights of a stage, without scale factors."""
+        return self.cta_rows * STAGE // 2
+
+    @property
+    def aside_bytes(self) -> int:
+        """What comes with the weights: a chunk's scale factors with its first half, its expert's alpha with the second."""
+        return max(self.cta_rows * CHUNK // 16, 4 * self.tokens)
+
+    @property
+    def acts_bytes(self) -> int:
+        """Activations of a stage."""
+        return self.tokens * STAGE * 2
+
+
+def kernel_tile(tokens: int, out_dtype: str = "bfloat16") -> DenseKernelTile:
     """The kernel for a pass: as few token tiles as can be, and no wider than they must.
 
-    Every token tile decodes all weights again, and its padding is multiplied like tokens: twice 96 for 192 tokens took
-    277 us, twice 128 took 332 (N = 7168, K = 65536, H200, November 2026). Up to 64 tokens, sums leave registers for 256 rows
-    a CTA, which halves the traffic of activations.
+    Every token tile decodes all weights again, and its padding is multiplied like tokens. Up to 64 tokens, sums leave
+    registers for 256 rows a CTA, which halves the traffic of activations.
     """
     tiles = -(-tokens // _WIDEST)
     width = -(-tokens // (16 * tiles)) * 16
-    if width <= 64:
-        return DenseKernelTile(width, 4, 12, 3, 1)
-    slots = (_SHARED_BYTES - 4 * (2 * GROUP_ROWS * CHUNK * 9 // 16 + 4 * width)) // (128 * width)
-    return DenseKernelTile(width, 2, min(8, slots), 4, 2 if width <= 128 else 1 if width <= 176 else 0)
+    tile = DenseKernelTile(width, 4 if width <= 64 else 2, 0, 4 if 64 < width <= 128 else 2, out_dtype)
+    stages = _SHARED_BYTES // (tile.data_bytes + tile.aside_bytes + tile.acts_bytes)
+    return tile._replace(stages=min(_MAX_STAGES, stages))
 
 
 class DenseTiling(NamedTuple):
@@ -58,7 +86,7 @@ class DenseTiling(NamedTuple):
 
     Every cluster first computes `full` whole tiles (cluster c: tiles c, c + clusters, ...), all of which begin at the
     same K at the same time and so find activations and weights in the L2; what is left is cut into equal shares of
-    chunks (stream-K), whose sums are added in order by a last kernel.
+    chunks (stream-K). The cluster whose share holds a tile's first chunk adds the sums of the others in order.
     """
 
     kernel: DenseKernelTile
@@ -67,7 +95,7 @@ class DenseTiling(NamedTuple):
     chunks: int  # of K
     clusters: int
     full: int
-    slots: int  # most clusters that share a tile
+    slots: int  # most clusters that a tile's first one waits for
 
     @property
     def columns(self) -> int:
@@ -91,8 +119,13 @@ class DenseTiling(NamedTuple):
 
     @property
     def parts_floats(self) -> int:
-        """Part sums: float32 [whole + streamed * slots, tokens of a tile, rows of a tile]."""
-        return (self.whole + self.streamed * self.slots) * self.kernel.tokens * self.kernel.rows
+        """Part sums of clusters that do not hold a tile's first chunk: float32 [streamed, slots, tile], in the order of registers."""
+        return self.streamed * self.slots * self.kernel.tokens * self.kernel.rows
+
+    @property
+    def flags(self) -> int:
+        """Counters of finished part sums: int32 [streamed, CTA of the cluster, warp], zero before a call."""
+        return self.streamed * CLUSTER * self.kernel.warps
 
     def share(self, cluster: int) -> tuple[int, int]:
         """First and end of the cluster's share, in chunks of the streamed tiles."""
@@ -103,34 +136,34 @@ class DenseTiling(NamedTuple):
         """The cluster whose share holds a chunk of the streamed tiles."""
         return ((unit + 1) * self.clusters - 1) // (self.streamed * self.chunks)
 
-    def integers(self, tokens: int, hidden: int, experts: int, k: int) -> tuple[int, ...]:
+    def integers(self, tokens: int, hidden: int, experts: int) -> tuple[int, ...]:
         """The kernel's run-time integers, in the order of `DenseKernel.__call__`."""
-        blocks = -(-hidden // 128) * 4
         return (
-            tokens, experts, blocks, self.chunks, self.chunks // experts, self.columns, self.row_tiles, self.clusters,
+            tokens, hidden, experts, self.chunks // experts, self.columns, self.row_tiles, self.chunks, self.clusters,
             self.full, self.streamed, self.slots,
         )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)  # every call asks
-def dense_tiling(tokens: int, hidden: int, k: int, clusters: int = CLUSTERS) -> DenseTiling:
+def dense_tiling(
+    tokens: int, hidden: int, k: int, out_dtype: str = "bfloat16", clusters: int = CLUSTERS
+) -> DenseTiling:
     """The tiling for one pass.
 
     Args:
         tokens: of the pass, at least 1.
         hidden: rows of B.
         k: a multiple of `CHUNK`.
+        out_dtype: as in `DenseKernelTile`.
         clusters: of the launch; fewer where there is less work.
     """
-    kernel = kernel_tile(tokens)
+    kernel = kernel_tile(tokens, out_dtype)
     token_tiles, row_tiles, chunks = -(-tokens // kernel.tokens), -(-hidden // kernel.rows), k // CHUNK
     tiles = token_tiles * row_tiles
     clusters = min(clusters, tiles * chunks)
     full = tiles // clusters
     if 0 < tiles % clusters * chunks < clusters:
         full -= 1  # a share would be empty
-    tiling = DenseTiling(kernel, token_tiles, row_tiles, chunks, clusters, full, 1)
-    shared = (
-        tiling.owner((tile + 1) * chunks - 1) - tiling.owner(tile * chunks) + 1 for tile in range(tiling.streamed)
-    )
-    return tiling._replace(slots=max(shared, default=1))
+    tiling = DenseTiling(kernel, token_tiles, row_tiles, chunks, clusters, full, 0)
+    others = (tiling.owner((tile + 1) * chunks - 1) - tiling.owner(tile * chunks) for tile in range(tiling.streamed))
+    return tiling._replace(slots=max(others, default=0))

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 
-_LETTERS = {cutlass.Float32: "f", cutlass.Int32: "r", cutlass.Int64: "l"}
+# High half of such a descriptor: the swizzle's code, and 1024 bytes from one group of 8 rows to the next.
+_K_MAJOR_HIGH = 1 << 30 | 1024 >> 4
+_LETTERS = {cutlass.Float32: "f", cutlass.Int32: "r", cutlass.Int64: "l", cutlass.Boolean: "b"}
 
 
 def assembly(text: str, outputs: list, inputs: list, *, ordered: bool = True, tied: int = 0) -> list:
@@ -83,21 +84,24 @@ def turn(word, bits) -> cutlass.Int32:
     return assembly("shf.l.wrap.b32 $0, $1, $1, $2;", [cutlass.Int32], [word, bits], ordered=False)[0]
 
 
-def multiply(sums: list | None, left: list, right, tokens: int) -> list:
-    """Four steps of 64 rows x `tokens` x 16 values begin and are committed as one group; the accumulators.
+def multiply(sums: list | None, left: list, right: cutlass.Int32, tokens: int) -> list:
+    """Steps of 64 rows x `tokens` x 16 values begin and are committed as one group; the accumulators.
 
     Args:
         sums: tokens / 2 accumulators, or None to begin with zero.
         left: four registers for each step.
-        right: descriptor of the right operand's first step; steps are 32 bytes apart.
+        right: low half of the descriptor of the right operand's first step; steps are 32 bytes apart.
     """
     count = tokens // 2
     first = count if sums else 0
     registers = ", ".join(f"${i}" for i in range(count))
-    a = [f"${count + first + i}" for i in range(16)]
-    lines = [".reg .pred p, q; .reg .b64 d; setp.ne.b32 p, 1, 0; setp.ne.b32 q, 0, 0; wgmma.fence.sync.aligned;"]
-    for step in range(4):
-        lines.append(f"add.s64 d, ${count + first + 16}, {2 * step};")
+    a = [f"${count + first + i}" for i in range(len(left))]
+    lines = [
+        ".reg .pred p, q; .reg .b32 low; .reg .b64 d; setp.ne.b32 p, 1, 0; setp.ne.b32 q, 0, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(len(left) // 4):
+        lines.append(f"add.s32 low, ${count + first + len(left)}, {2 * step}; mov.b64 d, {{low, {_K_MAJOR_HIGH}}};")
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.f16.f16 {{{registers}}}, "
             f"{{{', '.join(a[4 * step : 4 * step + 4])}}}, d, {'p' if sums or step else 'q'}, 1, 1, 0;"
@@ -106,6 +110,11 @@ def multiply(sums: list | None, left: list, right, tokens: int) -> list:
     return assembly(
         "{ " + "\n".join(lines) + " }", [cutlass.Float32] * count, [*(sums or []), *left, right], tied=first
     )
+
+
+def descriptor(address) -> cutlass.Int32:
+    """Low half of the descriptor of a K-major operand with 128-byte swizzle, for `multiply`."""
+    return (address >> 4) | 1 << 16
 
 
 def wait_multiply(pending: int) -> None:
@@ -119,3 +128,31 @@ def finish_multiply(sums: list, ready: list) -> tuple[list, list]:
     types = [cutlass.Float32] * count + [cutlass.Int32] * len(ready)
     values = assembly("wgmma.wait_group.sync.aligned 0;", types, [*sums, *ready], tied=len(types))
     return values[:count], values[count:]
+
+
+def store_if(wanted: cutlass.Boolean, address: cutlass.Int64, value: cutlass.Float32, dtype: type) -> None:
+    """The value in another type to global memory, where `wanted`."""
+    if dtype is cutlass.Float32:
+        text = "@$0 st.global.f32 [$1], $2;"
+    else:
+        kind = "bf16" if dtype is cutlass.BFloat16 else "f16"
+        text = f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $2; @$0 st.global.b16 [$1], h; }}"
+    assembly(text, [], [wanted, address, value])
+
+
+def store_global4(address: cutlass.Int64, values: list) -> None:
+    assembly("st.global.v4.f32 [$0], {$1, $2, $3, $4};", [], [address, *values])
+
+
+def load_global4(address: cutlass.Int64) -> list:
+    return assembly("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", [cutlass.Float32] * 4, [address])
+
+
+def signal(address: cutlass.Int64) -> None:
+    """Adds one to a counter, for readers of what this thread knows to be written."""
+    assembly("red.release.gpu.global.add.s32 [$0], 1;", [], [address])
+
+
+def counted(address: cutlass.Int64) -> cutlass.Int32:
+    """The counter, with all that was written before it was raised to that."""
+    return assembly("ld.acquire.gpu.global.s32 $0, [$1];", [cutlass.Int32], [address])[0]

@@ -7,6 +7,8 @@ Weights and activations are decoded to float16 holding 2^-8 of the value: a prod
 """
 from __future__ import annotations
 
+import cutlass
+import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
@@ -76,6 +78,54 @@ def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
 
 def store4(address: Int32, values: tuple) -> None:
     ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values))
+
+
+def load_global4_if(wanted: Boolean, address: Int64) -> tuple:
+    """Four words of memory that no kernel in flight writes, or zeros."""
+    return ptx(
+        "@$4 ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5];", (Int32,) * 4, (wanted, address, *(Int32(0),) * 4), tied=4
+    )
+
+
+def load_global1_if(wanted: Boolean, address: Int64) -> Int32:
+    """As `load_global4_if`, one word."""
+    return ptx("@$1 ld.global.nc.b32 $0, [$2];", (Int32,), (wanted, address, Int32(0)), tied=1)[0]
+
+
+def store_global4_if(wanted: Boolean, address: Int64, values: tuple) -> None:
+    ptx("@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
+
+
+@cute.jit
+def is_dense(counts: cute.Pointer, tokens: Int32, experts: Int32) -> Boolean:
+    """Whether a call is the dense kernel's, asked by a whole warp: where more than a quarter of alpha is nonzero."""
+    pairs = Int32(0)
+    for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
+        pairs += cute.arch.load(counts + e, Int32)
+    return cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts
+
+
+def split_e4m3(word: Int32) -> tuple:
+    """64 times each of four e4m3 values, twice each as float16."""
+    return ptx(
+        """{ .reg .b16 l, h; .reg .b32 x, y, c; mov.b32 {l, h}, $4; mov.b32 c, 0x54005400;
+        cvt.rn.f16x2.e4m3x2 x, l; mul.f16x2 x, x, c; prmt.b32 $0, x, x, 0x1010; prmt.b32 $1, x, x, 0x3232;
+        cvt.rn.f16x2.e4m3x2 y, h; mul.f16x2 y, y, c; prmt.b32 $2, y, y, 0x1010; prmt.b32 $3, y, y, 0x3232; }""",
+        (Int32,) * 4, (word,),
+    )  # fmt: skip
+
+
+def decode_pairs(word: Int32, factor: Int32) -> tuple:
+    """Values 0 and 4 of a word of eight e2m1 codes, then 2 and 6: each 2^-14 of the value, times the factor."""
+    # Sign and magnitude are moved to where they stand in a float16.
+    return ptx(
+        """{ .reg .b32 s, m;
+        shl.b32 s, $2, 12; and.b32 s, s, 0x80008000; shl.b32 m, $2, 9; and.b32 m, m, 0x0E000E00;
+        or.b32 m, m, s; mul.f16x2 $0, m, $3;
+        shl.b32 s, $2, 4; and.b32 s, s, 0x80008000; shl.b32 m, $2, 1; and.b32 m, m, 0x0E000E00;
+        or.b32 m, m, s; mul.f16x2 $1, m, $3; }""",
+        (Int32,) * 2, (word, factor),
+    )  # fmt: skip
 
 
 def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32, ctas: int = 1) -> None:

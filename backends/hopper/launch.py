@@ -5,8 +5,7 @@ from typing import Callable
 
 import torch
 
-from backends.hopper import dense_prelude
-from backends.hopper.dense_plan import dense_tiling
+from backends.hopper.dense_plan import DecodeConfig, dense_tiling
 from backends.hopper.stream_plan import StreamConfig
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
@@ -23,7 +22,7 @@ def run(
     alpha: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Enqueue one pass: list, gather, decode, stream, multiply, add. Each kernel is launched while the one before it
+    """Enqueue one pass: list, gather, decode, stream, multiply. Each kernel is launched while the one before it
     runs (programmatic dependent launch) and waits for it before it touches memory.
 
     Args:
@@ -35,7 +34,7 @@ def run(
     swizzled = problem.a_layout == "128x4"
     padded = 1 << (experts - 1).bit_length()
     wide = round_up(tokens, 16)
-    tiling = dense_tiling(tokens, problem.n, problem.k)
+    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype)
     counts = torch.empty(experts, dtype=torch.int32, device=device)
     token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
@@ -43,6 +42,7 @@ def run(
     # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
     acts = torch.empty(max(wide * problem.k, tiling.acts_bytes // 2), dtype=torch.float16, device=device)
     parts = torch.empty(tiling.parts_floats, dtype=torch.float32, device=device)
+    flags = torch.empty(tiling.flags, dtype=torch.int32, device=device)
     words = a_data.view(torch.int32)
     stream = torch.cuda.current_stream(device).cuda_stream
 
@@ -57,13 +57,15 @@ def run(
     )  # fmt: skip
     # Not after the streaming kernel: started early beside it, all programs would find room on the few multiprocessors
     # which that kernel leaves free, and stay there.
-    dense_prelude.launch_decode(tiling, experts, words, a_scale, swizzled, counts, acts.view(torch.int32), tokens)
+    launcher(DecodeConfig(swizzled))(
+        words.data_ptr(), a_scale.data_ptr(), counts.data_ptr(), acts.data_ptr(), flags.data_ptr(), tokens, tiling.columns,
+        experts, tiling.chunks, tiling.flags, stream,
+    )  # fmt: skip
     launcher(config)(
         b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(),
         weight_of.data_ptr(), out.data_ptr(), tokens, problem.n, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
         acts.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(), parts.data_ptr(),
-        *tiling.integers(tokens, problem.n, experts, problem.k), stream,
+        flags.data_ptr(), out.data_ptr(), *tiling.integers(tokens, problem.n, experts), stream,
     )  # fmt: skip
-    dense_prelude.launch_finish(tiling, experts, parts, counts, out)
