@@ -60,20 +60,21 @@ class DecodeKernel:
         tokens: Int32, columns: Int32, experts: Int32, chunks: Int32, flag_count: Int32,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
         thread, lane = cute.arch.thread_idx()[0], cute.arch.lane_idx()
+        chunk, block, _ = cute.arch.block_idx()
+        # Lane 2q + s of a token reads half s of quarter q of the chunk, and makes the pairs s and s + 2 of it all: two
+        # neighbours then store the two halves of one 32-byte sector.
+        half, quarter = lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2
+        first = block * _CTA_TOKENS + thread // 32 * _WARP_TOKENS + lane // 8
+        rows = [first + i for i in range(0, _WARP_TOKENS, 4)]
+        cute.arch.griddepcontrol_wait()
+        # On their way while the counts are read.
+        data = [self.words(a_data, row, tokens, quarter * 8 + half * 4, chunks) for row in rows]
+        scales = [self.scales(a_scale, row, tokens, quarter, chunks) for row in rows]
         if ins.is_dense(counts, tokens, experts):
-            chunk, block, _ = cute.arch.block_idx()
             if (chunk == 0) & (block == 0):
                 for i in cutlass.range(thread, flag_count, _THREADS, unroll=1):
                     cute.arch.store(flags + i, Int32(0))
-            # Lane 2q + s of a token reads half s of quarter q of the chunk, and makes the pairs s and s + 2 of it all: two
-            # neighbours then store the two halves of one 32-byte sector.
-            half, quarter = lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2
-            first = block * _CTA_TOKENS + thread // 32 * _WARP_TOKENS + lane // 8
-            rows = [first + i for i in range(0, _WARP_TOKENS, 4)]
-            data = [self.words(a_data, row, tokens, quarter * 8 + half * 4, chunks) for row in rows]
-            scales = [self.scales(a_scale, row, tokens, quarter, chunks) for row in rows]
             for row, mine, scale in zip(rows, data, scales):
                 self.decode(acts, row, columns, quarter, half, mine, scale)
 

@@ -114,20 +114,8 @@ class DenseKernel:
         hidden: cutlass.Int32, experts: cutlass.Int32, expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if ins.is_dense(counts, tokens, experts):
-            self.run(
-                acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
-            )
-
-    @cute.jit
-    def run(self, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp):
-        rank, number, _ = cute.arch.block_idx()
-        # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
-        # shared with others might never have room for them.
-        cluster = work.clusters - 1 - number
         tile = self.tile
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = SmemAllocator()
         ring = Ring(
             smem.allocate(tile.stages * tile.acts_bytes, 1024).toint(),
@@ -142,7 +130,22 @@ class DenseKernel:
                     cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()
+        cute.arch.griddepcontrol_wait()
+        dense = ins.is_dense(counts, tokens, experts)
         cute.arch.cluster_wait()
+        if dense:
+            self.run(
+                ring, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
+            )
+
+    @cute.jit
+    def run(
+        self, ring, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
+    ):
+        rank, number, _ = cute.arch.block_idx()
+        # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
+        # shared with others might never have room for them.
+        cluster = work.clusters - 1 - number
         if warp < 4:
             cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
             if warp == 0:
@@ -152,7 +155,7 @@ class DenseKernel:
                 with cute.arch.elect_one():
                     self.copy_activations(ring, acts, columns, work, rank, cluster)
         else:
-            cute.arch.setmaxregister_increase(_REGISTERS[tile.groups])
+            cute.arch.setmaxregister_increase(_REGISTERS[self.tile.groups])
             self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
         # No CTA may leave while its peer still signals its barriers.
         cute.arch.cluster_arrive()
