@@ -1,4 +1,4 @@
-"""Runs the streaming kernel of the Hopper backend on the emulator and holds its result to the accuracy bar."""
+"""Runs the kernels of the Hopper backend on the emulator."""
 from __future__ import annotations
 
 import functools
@@ -9,7 +9,9 @@ import torch
 from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
+from backends.hopper.dense_plan import DenseTiling
 from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
 from backends.triton import layout
 from tests.emulator import Report, compile_target, emulate
@@ -17,9 +19,20 @@ from tests.reference import assert_meets_bar, make_alpha, make_operands, referen
 
 
 @functools.lru_cache(maxsize=None)
-def compiled(config: StreamConfig):
+def compiled(config: KernelConfig):
     with compile_target("sm_90a"):
         return compiler.compile_kernel(config)
+
+
+def launch(config: KernelConfig, buffers: dict[str, torch.Tensor], integers, **options) -> Report:
+    """A kernel on tensors in the order of its pointers."""
+    kernel = compiler.kernel_of(config)
+    assert len(buffers) == len(kernel.pointers) and len(integers) == kernel.INTEGERS
+    pointers = [
+        make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
+        for (kind, align), tensor in zip(kernel.pointers, buffers.values())
+    ]
+    return emulate(compiled(config), *pointers, *map(cutlass.Int32, integers), 0, buffers=buffers, **options)
 
 
 def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,10 +80,37 @@ def run(
         w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, config.experts), counts=counts,
         token_of=token_of, weight_of=weight_of, out=out,
     )  # fmt: skip
-    pointers = [
-        make_ptr(kind, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
-        for (kind, align), tensor in zip(compiler.kernel_of(config).pointers, tensors.values())
-    ]
-    report = emulate(compiled(config), *pointers, cutlass.Int32(m), cutlass.Int32(n), 0, buffers=tensors, seed=emulator_seed, **options)
+    report = launch(config, tensors, (m, n), seed=emulator_seed, **options)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report
+
+
+def image(a, columns: int) -> torch.Tensor:
+    """Activations as `DenseKernel` takes them: float16 [K/64, columns, 64], by the definition."""
+    tokens, k = a.shape
+    plain = a.dequantize().view(tokens, k // 64, 4, 16)  # token, slice, lane t, value
+    image = torch.zeros(k // 64, columns, 8, 8, dtype=torch.float16)
+    for unit in range(8):
+        first = 8 * (unit // 4) + unit % 4
+        pair = plain[:, :, :, [first, first + 4]].reshape(tokens, k // 64, 8) / 256
+        for token in range(tokens):
+            image[:, token, unit ^ token % 8] = pair[token].half()
+    return image
+
+
+def dense(
+    tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
+) -> torch.Tensor:
+    """out, poisoned before."""
+    (tokens, k), experts = a.shape, alpha.shape[1]
+    prepared = layout.prepare(b)
+    alpha_t = torch.zeros(experts, tiling.columns)
+    alpha_t[:, :tokens] = alpha.T
+    out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
+    buffers = dict(
+        acts=image(a, tiling.columns), w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
+        counts=(alpha != 0).sum(0).int(), parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
+        flags=torch.zeros(max(tiling.flags, 1), dtype=torch.int32), out=out,
+    )  # fmt: skip
+    launch(tiling.kernel, buffers, tiling.integers(tokens, hidden, experts), **options)
+    return out

@@ -56,8 +56,8 @@ def test_every_tactic_fits(m, n, k, experts):
 
 
 @pytest.mark.parametrize("n, rows", [(7168, 64), (4096, 32)])
-def test_clusters_are_tried_from_192_tokens_on(n, rows):
-    assert {t.cluster for t in rules.tactics(replace(TARGET, n=n, m=191))} == {1}
+def test_clusters_are_tried_from_32_tokens_on(n, rows):
+    assert {t.cluster for t in rules.tactics(replace(TARGET, n=n, m=31))} == {1}
     for m in (192, 512, 700):
         default, *others = rules.tactics(replace(TARGET, n=n, m=m))
         assert default.cluster == 1 and rows in {t.rows for t in others if t.cluster == 2}

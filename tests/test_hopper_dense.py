@@ -1,18 +1,23 @@
 """The dense kernel of SM 9.0: its division of the work everywhere, the kernel itself on the emulator."""
-from __future__ import annotations
 
-import functools
+from __future__ import annotations
 
 import pytest
 import torch
 
 from backends.hopper import dense_plan
-from backends.hopper.dense_plan import DecodeConfig, DenseKernelTile, DenseTiling, dense_tiling
+from backends.hopper.dense_plan import DecodeConfig, DenseTiling, dense_tiling
 from backends.problem import dtype_name
-from backends.triton import layout
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
-SHAPES = [(64, 7168, 65536), (128, 7168, 65536), (512, 7168, 65536), (512, 7168, 768), (1, 192, 256), (257, 2880, 5 * 512)]
+SHAPES = [
+    (64, 7168, 65536),
+    (128, 7168, 65536),
+    (512, 7168, 65536),
+    (512, 7168, 768),
+    (1, 192, 256),
+    (257, 2880, 5 * 512),
+]
 
 
 # ---- the division of the work
@@ -60,52 +65,20 @@ def test_tiles_cover_the_tokens_and_shared_memory_fits(tokens):
     assert kernel.stages >= 3 and kernel.stages * (stage + 16) <= 227 * 1024
 
 
-# ---- the kernel
+# ---- the kernels
 
 
-def _image(a, columns: int) -> torch.Tensor:
-    """Activations as `DenseKernel` takes them: float16 [K/64, columns, 64], by the definition."""
-    tokens, k = a.shape
-    plain = a.dequantize().view(tokens, k // 64, 4, 16)  # token, slice, lane t, value
-    image = torch.zeros(k // 64, columns, 8, 8, dtype=torch.float16)
-    for unit in range(8):
-        first = 8 * (unit // 4) + unit % 4
-        pair = plain[:, :, :, [first, first + 4]].reshape(tokens, k // 64, 8) / 256
-        for token in range(tokens):
-            image[:, token, unit ^ token % 8] = pair[token].half()
-    return image
-
-
-@functools.lru_cache(maxsize=None)
-def _compiled(config: DecodeConfig | DenseKernelTile):
-    """(the kernel, compiled for the emulator)."""
+@pytest.fixture(scope="module")
+def emulation():
     pytest.importorskip("cutlass")
-    from backends.hopper import compiler
-    from tests.emulator import compile_target
+    from tests import hopper_emulation
 
-    with compile_target("sm_90a"):
-        return compiler.kernel_of(config), compiler.compile_kernel(config)
-
-
-def _launch(config: DecodeConfig | DenseKernelTile, buffers: dict[str, torch.Tensor], integers, **options) -> None:
-    cutlass = pytest.importorskip("cutlass")
-    import cutlass.cute as cute
-    from cutlass.cute.runtime import make_ptr
-
-    from tests.emulator import emulate
-
-    kernel, function = _compiled(config)
-    assert len(buffers) == len(kernel.pointers) and len(integers) == kernel.INTEGERS
-    pointers = [
-        make_ptr(t, tensor.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
-        for (t, align), tensor in zip(kernel.pointers, buffers.values())
-    ]
-    emulate(function, *pointers, *map(cutlass.Int32, integers), 0, buffers=buffers, **options)
+    return hopper_emulation
 
 
 @pytest.mark.parametrize("scales", ["128x4", "linear"])
 @pytest.mark.parametrize("tokens", [5, 130])
-def test_decoded_activations(tokens, scales):
+def test_decoded_activations(tokens, scales, emulation):
     experts, k = 3, 3 * 256
     a, _ = make_operands(tokens, 8, k, seed=tokens, layout=scales)
     tiling = dense_tiling(tokens, 256, k)
@@ -114,17 +87,17 @@ def test_decoded_activations(tokens, scales):
     flags = torch.full((tiling.flags + 1,), 7, dtype=torch.int32)
     buffers = dict(a_data=a.data, a_scale=a.scale, counts=counts, acts=acts, flags=flags)
     integers = (tokens, tiling.columns, experts, tiling.chunks, tiling.flags)
-    _launch(DecodeConfig(scales == "128x4"), buffers, integers)
-    assert torch.equal(acts, _image(a, tiling.columns).view(torch.int32).reshape(-1))
+    emulation.launch(DecodeConfig(scales == "128x4"), buffers, integers)
+    assert torch.equal(acts, emulation.image(a, tiling.columns).view(torch.int32).reshape(-1))
     assert bool((flags[:-1] == 0).all()) and flags[-1] == 7
     # A routed call leaves everything as it is.
     acts.fill_(-1)
     counts.fill_(tokens // 8)
-    _launch(DecodeConfig(scales == "128x4"), buffers, integers)
+    emulation.launch(DecodeConfig(scales == "128x4"), buffers, integers)
     assert bool((acts == -1).all())
 
 
-def test_a_scale_factor_that_is_no_number_makes_its_products_none():
+def test_a_scale_factor_that_is_no_number_makes_its_products_none(emulation):
     a, _ = make_operands(8, 8, 256, seed=1, layout="linear")
     a.scale[3, 5] = 0x7F
     acts = torch.zeros(4 * 16, 8, 8, dtype=torch.float16)
@@ -132,27 +105,9 @@ def test_a_scale_factor_that_is_no_number_makes_its_products_none():
         a_data=a.data, a_scale=a.scale, counts=torch.full((1,), 8, dtype=torch.int32), acts=acts,
         flags=torch.zeros(1, dtype=torch.int32),
     )  # fmt: skip
-    _launch(DecodeConfig(False), buffers, (8, 16, 1, 1, 1))
+    emulation.launch(DecodeConfig(False), buffers, (8, 16, 1, 1, 1))
     bad = acts.view(4, 16, 64).isnan().nonzero()
     assert {(q, token) for q, token, _ in bad.tolist()} == {(1, 3)} and len(bad) == 16
-
-
-def _emulate(
-    tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
-) -> torch.Tensor:
-    """out, poisoned before."""
-    (tokens, k), experts = a.shape, alpha.shape[1]
-    prepared = layout.prepare(b)
-    alpha_t = torch.zeros(experts, tiling.columns)
-    alpha_t[:, :tokens] = alpha.T
-    out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
-    buffers = dict(
-        acts=_image(a, tiling.columns), w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
-        counts=(alpha != 0).sum(0).int(), parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
-        flags=torch.zeros(max(tiling.flags, 1), dtype=torch.int32), out=out,
-    )  # fmt: skip
-    _launch(tiling.kernel, buffers, tiling.integers(tokens, hidden, experts), **options)
-    return out
 
 
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
@@ -161,28 +116,28 @@ def _emulate(
     [(40, 500, 2, 512, 3, "dense"), (130, 300, 3, 256, 3, "dense"), (128, 192, 1, 256, 66, "dense"),
      (64, 260, 2, 256, 3, "dense"), (190, 260, 2, 256, 2, "dense"), (350, 200, 5, 256, 2, "dense"), (33, 1000, 3, 256, 2, "ragged")],
 )  # fmt: skip
-def test_meets_the_bar(m, n, experts, inner, clusters, kind, schedule):
+def test_meets_the_bar(m, n, experts, inner, clusters, kind, schedule, emulation):
     a, b = make_operands(m, n, experts * inner, m + n)
     alpha = make_alpha(kind, m, experts, torch.Generator().manual_seed(m))
     tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
-    out = _emulate(tiling, n, a, b, alpha, schedule=schedule, seed=m)
+    out = emulation.dense(tiling, n, a, b, alpha, schedule=schedule, seed=m)
     assert_meets_bar(out, *reference(a, b, alpha))
     if schedule != "eager":
-        assert torch.equal(out, _emulate(tiling, n, a, b, alpha)), "the result must not depend on timing"
+        assert torch.equal(out, emulation.dense(tiling, n, a, b, alpha)), "the result must not depend on timing"
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
-def test_output_types(out_dtype):
+def test_output_types(out_dtype, emulation):
     m, n, experts = 70, 201, 3
     a, b = make_operands(m, n, experts * 256, 9)
     alpha = make_alpha("dense", m, experts, torch.Generator().manual_seed(m))
     tiling = dense_tiling(m, n, experts * 256, dtype_name(out_dtype), 2)
-    assert_meets_bar(_emulate(tiling, n, a, b, alpha, out_dtype), *reference(a, b, alpha))
+    assert_meets_bar(emulation.dense(tiling, n, a, b, alpha, out_dtype), *reference(a, b, alpha))
 
 
-def test_routed_alpha_is_left_to_the_other_kernel():
+def test_routed_alpha_is_left_to_the_other_kernel(emulation):
     m, n, experts = 64, 192, 8
     a, b = make_operands(m, n, experts * 256, 5)
     alpha = torch.eye(experts).repeat(m // experts, 1)
-    out = _emulate(dense_tiling(m, n, experts * 256), n, a, b, alpha)
+    out = emulation.dense(dense_tiling(m, n, experts * 256), n, a, b, alpha)
     assert bool(out.isnan().all()), "nothing may be written where a quarter of alpha or less is nonzero"

@@ -1,8 +1,9 @@
-"""The emulated tests of the streaming kernel can fail: each of these faults, put into its text, is reported."""
+"""The emulated tests of the kernels for SM 9.0 can fail: each of these faults, put into their text, is reported."""
+
 from __future__ import annotations
 
+import functools
 import importlib.util
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
-from backends.hopper import compiler, stream
+from backends.hopper import compiler, dense, stream
+from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
 from backends.hopper.stream_plan import StreamConfig
 from tests import hopper_emulation as emulation
 from tests.emulator import EmulatorError
+from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
 CONFIG = StreamConfig(rows=64, phases=2, stages=2, slots=4, tokens=64, experts=40, chunks=1, out_dtype="float32")
 EXPECT = "            cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)\n"
@@ -30,19 +33,22 @@ MUTATIONS = {
         'if turn > 99:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty"',
     ),
     "weights not awaited": (
-        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)', "pass"
+        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)',
+        "pass",
     ),
     "activations overwritten before they are read": (
         'if turn > 0:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
         'if turn > 99:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
     ),
     "slots awaited out of order": (
-        "                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)\n", "                    pass\n"
+        "                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)\n",
+        "                    pass\n",
     ),
     "tokens' list not counted among the bytes": ("full, SLOT_BYTES + HEADER_BYTES)", "full, SLOT_BYTES)"),
-    "one arrival too few for a free slot": ('"slot_empty": self.config.blocks', '"slot_empty": 1'),
+    "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
-        "self._list_experts(smem, counts, lane)\n        cute.arch.sync_threads()\n", "self._list_experts(smem, counts, lane)\n"
+        "self._list_experts(smem, counts, lane)\n        cute.arch.sync_threads()\n",
+        "self._list_experts(smem, counts, lane)\n",
     ),
     "padding tokens added": ("targets.append((token >= 0, ", "targets.append((token >= -1, "),
     "fourth group of a pass never multiplied": ("left <= width) |", "left < width) |"),
@@ -50,7 +56,7 @@ MUTATIONS = {
 }
 # Of a cluster of two CTAs.
 CLUSTER_MUTATIONS = {
-    "slots freed by one CTA's consumers": ("self.config.blocks * self.config.cluster}", "self.config.blocks}"),
+    "slots freed by one CTA's consumers": ("blocks * self.config.cluster,", "blocks,"),
     "slots released to the own CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = None"),
     "slots released to the first CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = lane * 0"),
     "bytes expected before the slot is free": (
@@ -69,6 +75,40 @@ CLUSTER_MUTATIONS = {
 }
 
 
+# Of the dense kernel.
+DENSE_MUTATIONS = {
+    "first half of a chunk given back while it is multiplied": (
+        "if cutlass.const_expr(turn == count // 2):",
+        "if cutlass.const_expr(turn == 1):",
+    ),
+    "next chunk not awaited": ("cute.arch.mbarrier_wait(ring.full + following, following_phase)", "pass"),
+    "next chunk's second half not awaited": ("cute.arch.mbarrier_wait(ring.full + after, after_phase)", "pass"),
+    "weights overwritten before they are read": (
+        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
+        "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
+    ),
+    "activations overwritten before they are read": (
+        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
+        "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
+    ),
+    "stages freed by one CTA": ("ring.empty + i, CLUSTER * tile.warps", "ring.empty + i, tile.warps"),
+    "stages given back to the first CTA only": ("if lane < CLUSTER:", "if lane < 1:"),
+    "scale factors and alpha not counted among the bytes": (
+        "self.tile.data_bytes + aside_bytes)",
+        "self.tile.data_bytes)",
+    ),
+    "activations copied into one CTA": ("half, barrier, policy, CLUSTER)", "half, barrier, policy)"),
+    "others' sums not awaited": ("while ins.counted(flag) < others:\n                    pass", "pass"),
+    "sums of one other cluster too few": ("cutlass.range(others, unroll=1)", "cutlass.range(others - 1, unroll=1)"),
+    "columns past the last stored": (" & (row + i // 2 * 8 < hidden)", ""),
+    "tokens past the last stored": ("(token + (8 * j + i % 2) < tokens) & ", ""),
+    "peer's last signals not awaited": (
+        "        # No CTA may leave while its peer still signals its barriers.\n        cute.arch.cluster_arrive()\n        cute.arch.cluster_wait()\n",
+        "",
+    ),
+}
+
+
 def alpha() -> torch.Tensor:
     """Several turns of both rings; some experts with more groups of tokens than the ring of activations has slots."""
     generator = torch.Generator().manual_seed(2)
@@ -77,32 +117,63 @@ def alpha() -> torch.Tensor:
     return values
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS])
-def test_fault_is_reported(fault, monkeypatch, tmp_path) -> None:
-    text, changed = {**MUTATIONS, **CLUSTER_MUTATIONS}[fault]
-    config = replace(CONFIG, cluster=1 if fault in MUTATIONS else 2)
-    source = Path(stream.__file__).read_text()
-    assert text in source, "the kernel's text has moved on: state this fault anew"
-    # The DSL reads a function's text from its file.
-    path = tmp_path / f"mutated_{re.sub(r'[^a-z]', '_', fault)}.py"
-    path.write_text(source.replace(text, changed))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(compiler, "StreamKernel", module.StreamKernel)
-    emulation.compiled.cache_clear()
-    try:
-        with pytest.raises((EmulatorError, AssertionError)):
-            for schedule, seed in (("lazy", 0), ("eager", 0), *(("random", seed) for seed in range(4))):
-                emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed)
-    finally:
+SCHEDULES = (("lazy", 0), ("eager", 0), *(("random", seed) for seed in range(4)))
+
+
+def streaming(schedule: str, seed: int, cluster: int = 1) -> None:
+    emulation.run(replace(CONFIG, cluster=cluster), 60, 100, alpha(), schedule=schedule, emulator_seed=seed)
+
+
+def multiplying(schedule: str, seed: int) -> None:
+    """More chunks than the ring has stages, two clusters at three tiles, tokens and rows that do not fill theirs."""
+    m, n, experts = 13, 1100, 7
+    a, b = make_operands(m, n, experts * 256, 1)
+    weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
+    tiling = dense_tiling(m, n, experts * 256, clusters=2)
+    out = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
+    assert_meets_bar(out, *reference(a, b, weights))
+
+
+@pytest.fixture
+def plant(monkeypatch, tmp_path):
+    """Puts a fault into a kernel's text: the DSL reads a function's text from its file."""
+
+    def planted(module, kernel: str, config: type, text: str, changed: str) -> None:
+        source = Path(module.__file__).read_text()
+        assert text in source, "the kernel's text has moved on: state this fault anew"
+        path = tmp_path / f"mutated_{module.__name__.rpartition('.')[2]}.py"
+        path.write_text(source.replace(text, changed))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        mutated = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, mutated)
+        spec.loader.exec_module(mutated)
+        monkeypatch.setitem(compiler.KERNELS, config, getattr(mutated, kernel))
         emulation.compiled.cache_clear()
 
+    yield planted
+    emulation.compiled.cache_clear()
+
 
 @pytest.mark.full
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_the_same_call_without_a_fault(cluster) -> None:
-    for schedule in ("lazy", "eager", "random"):
-        emulation.run(replace(CONFIG, cluster=cluster), 60, 100, alpha(), schedule=schedule)
+@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS])
+def test_fault_of_the_streaming_kernel_is_reported(fault, plant) -> None:
+    plant(stream, "StreamKernel", StreamConfig, *{**MUTATIONS, **CLUSTER_MUTATIONS}[fault])
+    with pytest.raises((EmulatorError, AssertionError)):
+        for schedule, seed in SCHEDULES:
+            streaming(schedule, seed, cluster=1 if fault in MUTATIONS else 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", DENSE_MUTATIONS)
+def test_fault_of_the_dense_kernel_is_reported(fault, plant) -> None:
+    plant(dense, "DenseKernel", DenseKernelTile, *DENSE_MUTATIONS[fault])
+    with pytest.raises((EmulatorError, AssertionError)):
+        for schedule, seed in SCHEDULES:
+            multiplying(schedule, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("call", [streaming, functools.partial(streaming, cluster=2), multiplying])
+def test_the_same_calls_without_a_fault(call) -> None:
+    for schedule, seed in SCHEDULES:
+        call(schedule, seed)

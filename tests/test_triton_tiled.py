@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backends import DeviceInfo, Fc2Problem
-from backends.triton.backend import TritonBackend
+from backends.triton.backend import TritonBackend, triton_support
 from backends.triton.tactic import TritonTactic
 from tests.reference import ALPHA_KINDS, assert_meets_bar, make_alpha, make_operands, reference
 
@@ -153,8 +153,12 @@ def test_supported_devices(monkeypatch):
 
 def test_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    support = TritonBackend().is_supported(DeviceInfo("cuda", "NVIDIA H200", (9, 0), 132))
-    assert not support and "not installed" in support.reason
+    triton_support.cache_clear()
+    try:
+        support = TritonBackend().is_supported(DeviceInfo("cuda", "NVIDIA H200", (9, 0), 132))
+        assert not support and "not installed" in support.reason
+    finally:
+        triton_support.cache_clear()
 
 
 def test_tactic_round_trips_through_json():

@@ -1,7 +1,7 @@
 """`HopperBackend`: launches on SM 9.0; the kernels are in the other modules of this package."""
+
 from __future__ import annotations
 
-import importlib.util
 import threading
 
 import torch
@@ -14,6 +14,7 @@ from backends.interface import Support
 from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
 from backends.problem import Fc2Problem
 from backends.triton import layout
+from backends.triton.backend import triton_support
 
 
 class HopperBackend(layout.ReadsFragments):
@@ -21,7 +22,7 @@ class HopperBackend(layout.ReadsFragments):
 
     A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
     (`dense.py`); both are launched, and the one whose turn it is not returns at once, so that alpha never travels to the
-    host. Small Triton kernels list, gather and decode the activations first.
+    host. Small kernels list the tokens of each expert and gather or decode the activations first.
     """
 
     name = "hopper"
@@ -36,9 +37,7 @@ class HopperBackend(layout.ReadsFragments):
     def is_supported(self, device: DeviceInfo) -> Support:
         if device.type != "cuda" or device.capability != CAPABILITY:
             return Support(False, f"the kernels use the warpgroup MMA of SM 9.0; this device is {device.arch}")
-        if importlib.util.find_spec("triton") is None:
-            return Support(False, "triton, which gathers the activations, is not installed; pip install 'triton>=3.6'")
-        return dsl_support()
+        return dsl_support() and triton_support()  # Triton lists and gathers
 
     def can_implement(self, problem: Fc2Problem, tactic: HopperTactic) -> Support:
         return rules.can_implement(problem, tactic)
@@ -63,14 +62,21 @@ class HopperBackend(layout.ReadsFragments):
         self.run(problem, tactic, Nvfp4Tensor(data, scale, problem.a_layout), b, alpha, out)
 
     def run(
-        self, problem: Fc2Problem, tactic: HopperTactic, a: Nvfp4Tensor, b: PreparedOperand, alpha: torch.Tensor,
+        self,
+        problem: Fc2Problem,
+        tactic: HopperTactic,
+        a: Nvfp4Tensor,
+        b: PreparedOperand,
+        alpha: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         from backends.hopper import launch  # needs triton
 
         with torch.cuda.device(out.device):
             for first in range(0, problem.m, PASS_TOKENS):
-                rows = slice(first, first + PASS_TOKENS)  # a multiple of 128, so the swizzled scale factors split here too
+                rows = slice(
+                    first, first + PASS_TOKENS
+                )  # a multiple of 128, so the swizzled scale factors split here too
                 config = rules.stream_config(problem, tactic, min(PASS_TOKENS, problem.m - first))
                 launch.run(problem, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
         self._compiled.add(_kernel_key(problem, tactic))

@@ -1,4 +1,5 @@
 """From a configuration to a callable: compile with the CuTe DSL, or load an object file."""
+
 from __future__ import annotations
 
 import platform
@@ -21,14 +22,15 @@ ARCH = "sm_90a"
 _SOURCES = tuple(
     Path(__file__).parent / name
     for name in (
-        "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "dense_ptx.py", "instructions.py", "compiler.py",
+        "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "wgmma.py", "instructions.py", "compiler.py",
     )
 )  # fmt: skip
-_KERNELS = {StreamConfig: StreamKernel, DecodeConfig: DecodeKernel, DenseKernelTile: DenseKernel}
+#: The kernel that each kind of configuration selects.
+KERNELS = {StreamConfig: StreamKernel, DecodeConfig: DecodeKernel, DenseKernelTile: DenseKernel}
 
 
 def kernel_of(config: KernelConfig) -> StreamKernel | DecodeKernel | DenseKernel:
-    return _KERNELS[type(config)](config)
+    return KERNELS[type(config)](config)
 
 
 def compile_kernel(config: KernelConfig, machine: str = platform.machine(), options: str = ""):

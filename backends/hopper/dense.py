@@ -10,6 +10,7 @@ A cluster of two CTAs takes a tile of neighbouring rows of B and up to 192 token
 
 Two warps of their own keep the ring of stages full. Tiles and shares of them: `dense_plan.DenseTiling`.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass.memory import SmemAllocator
 
-from backends.hopper import dense_ptx as ptx
 from backends.hopper import instructions as ins
-from backends.hopper.dense_plan import CHUNK, CLUSTER, DenseKernelTile
+from backends.hopper import wgmma
+from backends.hopper.dense_plan import CLUSTER, DenseKernelTile
 
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
 #: Rows of a block of prepared weights, the bytes of half a chunk of it, and those of a chunk's scale factors.
@@ -30,8 +31,6 @@ _SLICE_BYTES = 128
 #: Slices of a chunk, and steps of 16 values of K of a slice.
 _SLICES, _STEPS = 4, 4
 _GROUP_THREADS = 128
-# Named barrier 0 is __syncthreads.
-_STAGGER_BARRIER = 1
 # Registers of a thread: of the two copying warps' group, and by the number of multiplying groups.
 _COPY_REGISTERS = 24
 _REGISTERS = {2: 240, 4: 112}
@@ -51,9 +50,6 @@ class DenseKernel:
         self.blocks = tile.cta_rows // _BLOCK_ROWS
         self.stage_bytes = tile.data_bytes + tile.aside_bytes
         self.slice_bytes = tile.tokens * _SLICE_BYTES
-        # Two groups in step would both leave the tensor cores idle while they add to their totals. One that starts half a
-        # chunk later stays behind: 1 to 2% at 128 tokens and more (H200, November 2026).
-        self.staggered = tile.groups == 2
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
             (cutlass.Float16, 16), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16), (cutlass.Int32, 4),
@@ -135,12 +131,39 @@ class DenseKernel:
         cute.arch.cluster_wait()
         if dense:
             self.run(
-                ring, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
+                ring,
+                acts,
+                w_data,
+                w_scale,
+                alpha_t,
+                parts,
+                flags,
+                out,
+                tokens,
+                hidden,
+                expert_chunks,
+                columns,
+                work,
+                warp,
             )
 
     @cute.jit
     def run(
-        self, ring, acts, w_data, w_scale, alpha_t, parts, flags, out, tokens, hidden, expert_chunks, columns, work, warp
+        self,
+        ring,
+        acts,
+        w_data,
+        w_scale,
+        alpha_t,
+        parts,
+        flags,
+        out,
+        tokens,
+        hidden,
+        expert_chunks,
+        columns,
+        work,
+        warp,
     ):
         rank, number, _ = cute.arch.block_idx()
         # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
@@ -150,7 +173,9 @@ class DenseKernel:
             cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
             if warp == 0:
                 with cute.arch.elect_one():
-                    self.copy_weights(ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster)
+                    self.copy_weights(
+                        ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster
+                    )
             if warp == 1:
                 with cute.arch.elect_one():
                     self.copy_activations(ring, acts, columns, work, rank, cluster)
@@ -164,38 +189,38 @@ class DenseKernel:
     @cute.jit
     def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster):
         """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second."""
-        policy = cutlass.Int64(_EVICT_FIRST)
-        blocks = (hidden + 127) // 128 * 4
+        once, again = cutlass.Int64(_EVICT_FIRST), cutlass.Int64(_EVICT_LAST)
+        data, scales, alphas = w_data.toint(), w_scale.toint(), alpha_t.toint()
+        blocks = ((hidden + 127) // 128 * 4).to(cutlass.Int64)
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
             row = (tile % work.row_tiles * CLUSTER + rank) * self.blocks
             column = tile // work.row_tiles * self.tile.tokens
             for chunk in cutlass.range(first, last, unroll=1):
-                line = chunk.to(cutlass.Int64) * blocks
                 for half in cutlass.range_constexpr(2):
-                    barrier, words = ring.full + stage, ring.weights + stage * self.stage_bytes
+                    words = ring.weights + stage * self.stage_bytes
                     aside = words + self.tile.data_bytes
                     aside_bytes = 4 * self.tile.tokens if half else self.blocks * _SCALE_BYTES
+                    barrier = (ring.full + stage).toint()
                     cute.arch.mbarrier_wait(ring.empty + stage, phase)
-                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.data_bytes + aside_bytes)
-                    for first_block in cutlass.range_constexpr(0, self.blocks, 4):
+                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data_bytes + aside_bytes)
+                    for near in cutlass.range_constexpr(0, self.blocks, 4):
                         # Rows past the end of B repeat its last 128.
-                        block = line + cutlass.min(row + first_block, blocks - 4)
+                        block = chunk * blocks + cutlass.min(row + near, blocks - 4)
                         for i in cutlass.range_constexpr(4):
-                            ptx.bulk_copy(
-                                words + (first_block + i) * _HALF_BYTES,
-                                w_data + ((block + i) * 2 + half) * (_HALF_BYTES // 4), _HALF_BYTES, barrier.toint(), policy,
-                            )  # fmt: skip
+                            source = data + ((block + i) * 2 + half) * _HALF_BYTES
+                            self.copy(words + (near + i) * _HALF_BYTES, source, _HALF_BYTES, barrier, once)
                         if cutlass.const_expr(half == 0):
-                            ptx.bulk_copy(
-                                aside + first_block * _SCALE_BYTES, w_scale + block * (_SCALE_BYTES // 4),
-                                4 * _SCALE_BYTES, barrier.toint(), policy,
-                            )  # fmt: skip
+                            source = scales + block * _SCALE_BYTES
+                            self.copy(aside + near * _SCALE_BYTES, source, 4 * _SCALE_BYTES, barrier, once)
                     if cutlass.const_expr(half == 1):
-                        weights = alpha_t + (chunk // expert_chunks) * columns + column
-                        ptx.bulk_copy(aside, weights, aside_bytes, barrier.toint(), cutlass.Int64(_EVICT_LAST))
+                        source = alphas + ((chunk // expert_chunks) * columns + column).to(cutlass.Int64) * 4
+                        self.copy(aside, source, aside_bytes, barrier, again)
                     stage, phase = self.after(stage, phase)
+
+    def copy(self, target, source, size: int, barrier, policy, ctas: int = 1) -> None:
+        ins.copy_bulk(target, cutlass.Int64(source), cutlass.Int32(size), cutlass.Int32(barrier), ctas, policy)
 
     @cute.jit
     def copy_activations(self, ring, acts, columns, work, rank, cluster):
@@ -209,12 +234,11 @@ class DenseKernel:
             for k in cutlass.range(first * _SLICES, last * _SLICES, 2, unroll=1):
                 cute.arch.mbarrier_wait(ring.empty + stage, phase)
                 cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts_bytes)
+                barrier = (ring.full + stage).toint()
                 for i in cutlass.range_constexpr(2):
-                    line = (k + i).to(cutlass.Int64) * columns + column
-                    ptx.bulk_multicast(
-                        ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half,
-                        acts + line * (_SLICE_BYTES // 2), half, (ring.full + stage).toint(), (1 << CLUSTER) - 1, policy,
-                    )  # fmt: skip
+                    target = ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half
+                    source = acts.toint() + ((k + i).to(cutlass.Int64) * columns + column) * _SLICE_BYTES
+                    self.copy(target, source, half, barrier, policy, CLUSTER)
                 stage, phase = self.after(stage, phase)
 
     @cute.jit
@@ -233,7 +257,7 @@ class DenseKernel:
         scales_at = ring.weights + tile.data_bytes + warp // 2 * _SCALE_BYTES + lane * 16
         alpha_at = ring.weights + tile.data_bytes + lane % 4 * 8
         turned = warp % 2 * 8
-        right = ptx.descriptor(ring.acts)
+        right = wgmma.descriptor(ring.acts)
         total = cute.make_rmem_tensor(tile.tokens // 2, cutlass.Float32)
         # What the chunk before leaves to the next: its first operand, the words to be decoded after it, scale factors.
         ahead = cute.make_rmem_tensor(4 * steps, cutlass.Int32)
@@ -241,17 +265,12 @@ class DenseKernel:
         factors = cute.make_rmem_tensor(4, cutlass.Int32)
         stage, phase = cutlass.Int32(0), cutlass.Int32(0)
         left = work.length(cluster)
-        length = left
-        group = warp // 4
-        if cutlass.const_expr(self.staggered):
-            if group == 1:
-                cute.arch.barrier(barrier_id=_STAGGER_BARRIER, number_of_threads=2 * _GROUP_THREADS)
         cute.arch.mbarrier_wait(ring.full, 0)
         cute.arch.mbarrier_wait(ring.full + 1, 0)
-        scales, words = ptx.load_shared4(scales_at), ptx.load_shared4(words_at)
+        scales, words = ins.load4(scales_at), ins.load4(words_at)
         self.keep(ahead, self.decode(words, scales, 0, turned))
         if cutlass.const_expr(turns == 1):
-            words = ptx.load_shared4(words_at + 1024)
+            words = ins.load4(words_at + 1024)
         self.keep(codes, words)
         self.keep(factors, scales)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
@@ -264,15 +283,9 @@ class DenseKernel:
                 words, scales = [codes[i] for i in range(4)], [factors[i] for i in range(4)]
                 operand, sums = [ahead[i] for i in range(4 * steps)], None
                 for turn in cutlass.range_constexpr(count):
-                    sums = ptx.multiply(sums, operand, right + self.place(turn, stage, second), tile.tokens)
-                    if cutlass.const_expr(self.staggered and turn == count // 2):
-                        if left == length - 1:
-                            if group == 0:
-                                cute.arch.barrier_arrive(
-                                    barrier_id=_STAGGER_BARRIER, number_of_threads=2 * _GROUP_THREADS
-                                )
+                    sums = wgmma.multiply(sums, operand, right + self.place(turn, stage, second), tile.tokens)
                     if cutlass.const_expr(turn > 0):
-                        ptx.wait_multiply(1)
+                        wgmma.wait(1)
                     if cutlass.const_expr(turn == count // 2):
                         self.release(ring.empty + stage, lane)
                     # The next turn's operand; after the last, the next chunk's first.
@@ -284,19 +297,19 @@ class DenseKernel:
                                 following = stage  # nothing follows: any words will do
                             else:
                                 cute.arch.mbarrier_wait(ring.full + following, following_phase)
-                            scales = ptx.load_shared4(scales_at + following * self.stage_bytes)
+                            scales = ins.load4(scales_at + following * self.stage_bytes)
                         place = (stage, second, following)[slice_ // 2] * self.stage_bytes
-                        words = ptx.load_shared4(words_at + place + slice_ % 2 * 1024)
+                        words = ins.load4(words_at + place + slice_ % 2 * 1024)
                 here = alpha_at + second * self.stage_bytes
                 early = tile.tokens if 64 < tile.tokens <= 128 else 0
-                alphas = [ptx.load_shared2(here + 32 * j) for j in range(early // 8)]
+                alphas = [ins.load2(here + 32 * j, cutlass.Float32) for j in range(early // 8)]
                 # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.
                 if left > 0:
                     after, after_phase = self.after(following, following_phase)
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                sums, operand = ptx.finish_multiply(sums, operand)
+                sums, operand = wgmma.finish(sums, operand)
                 for j in cutlass.range_constexpr(tile.tokens // 8):
-                    alpha = alphas[j] if 8 * j < early else ptx.load_shared2(here + 32 * j)
+                    alpha = alphas[j] if 8 * j < early else ins.load2(here + 32 * j, cutlass.Float32)
                     for i in cutlass.range_constexpr(4):
                         total[4 * j + i] = total[4 * j + i] + alpha[i % 2] * sums[4 * j + i]
                 self.release(ring.empty + second, lane)
@@ -328,8 +341,8 @@ class DenseKernel:
         """
         steps = self.tile.steps
         part, slice_ = turn % (_STEPS // steps) * steps, turn // (_STEPS // steps)
-        factors = ptx.turn(scales[slice_], turned) & 0x7F807F80
-        return [register for word in words[part : part + steps] for register in ptx.decode_weights(word, factors)]
+        factors = ins.scale_pair(scales[slice_], turned)
+        return [register for word in words[part : part + steps] for register in ins.decode_weights(word, factors)]
 
     def keep(self, target: cute.Tensor, values: list) -> None:
         for i, value in enumerate(values):
@@ -353,23 +366,25 @@ class DenseKernel:
         shared = number - work.whole()
         flag = (flags + ((shared * CLUSTER + rank) * tile.warps + warp)).toint()
         warps, size = CLUSTER * tile.warps, 16 * tile.tokens
-        mine = (parts + ((shared * work.slots).to(cutlass.Int64) * warps + (rank * tile.warps + warp)) * size + lane * 4).toint()
+        mine = (
+            parts + ((shared * work.slots).to(cutlass.Int64) * warps + (rank * tile.warps + warp)) * size + lane * 4
+        ).toint()
         owner = work.owner(shared * work.chunks)
         if first > 0:
             mine += (cluster - owner - 1).to(cutlass.Int64) * (warps * size * 4)
             for i in cutlass.range_constexpr(tile.tokens // 8):
-                ptx.store_global4(mine + 512 * i, [total[4 * i + j] for j in range(4)])
+                ins.store_global4(mine + 512 * i, [total[4 * i + j] for j in range(4)])
             cute.arch.sync_warp()
             if lane == 0:
-                ptx.signal(flag)
+                ins.count_up(flag)
         else:
             if last < work.chunks:
                 others = work.owner((shared + 1) * work.chunks - 1) - owner
-                while ptx.counted(flag) < others:
+                while ins.counted(flag) < others:
                     pass
                 for _ in cutlass.range(others, unroll=1):
                     for i in cutlass.range_constexpr(tile.tokens // 8):
-                        for j, value in enumerate(ptx.load_global4(mine + 512 * i)):
+                        for j, value in enumerate(ins.load_global4(mine + 512 * i)):
                             total[4 * i + j] = total[4 * i + j] + value
                     mine += warps * size * 4
             row = (number % work.row_tiles * CLUSTER + rank) * tile.cta_rows + warp * 16 + lane // 4
@@ -380,7 +395,7 @@ class DenseKernel:
                 for i in cutlass.range_constexpr(4):
                     wanted = (token + (8 * j + i % 2) < tokens) & (row + i // 2 * 8 < hidden)
                     target = line + (8 * j + i % 2) * hidden.to(cutlass.Int64) * width + i // 2 * 8 * width
-                    ptx.store_if(wanted, target, total[4 * j + i] * 65536.0, self.out_type)
+                    ins.store_rounded_if(wanted, target, total[4 * j + i] * 65536.0, self.out_type)
 
 
 @dataclass(frozen=True)

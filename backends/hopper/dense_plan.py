@@ -1,4 +1,5 @@
 """How the dense kernel of SM 9.0 divides a call. Pure values: no torch, no DSL."""
+
 from __future__ import annotations
 
 import functools

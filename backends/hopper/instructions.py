@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
@@ -19,13 +19,17 @@ _CONSTRAINTS = {Float32: "f", Int32: "r", Int64: "l", Boolean: "b"}
 
 
 @dsl_user_op
-def ptx(code: str, outputs: tuple, inputs: tuple, tied: int = 0, *, loc=None, ip=None) -> tuple:
+def ptx(
+    code: str, outputs: tuple, inputs: tuple, tied: int = 0, *, effects: bool = True, memory: bool = False, loc=None, ip=None
+) -> tuple:
     """Run PTX text. $0, $1, ... are the outputs, then the inputs; the last `tied` inputs share the registers of the first
     outputs, for instructions that change a value in place.
 
     Args:
         outputs: types.
         inputs: values of the DSL.
+        effects: whether it keeps its place among others with effects.
+        memory: whether it keeps its place among all accesses of memory as well.
 
     Returns:
         The outputs; an empty tuple where there are none.
@@ -33,11 +37,11 @@ def ptx(code: str, outputs: tuple, inputs: tuple, tied: int = 0, *, loc=None, ip
     free = len(inputs) - tied
     # Early clobber: a text of several instructions may write an output before it has read all inputs.
     constraints = [("=" if i < tied else "=&") + _CONSTRAINTS[t] for i, t in enumerate(outputs)]
-    constraints += [_CONSTRAINTS[type(x)] for x in inputs[:free]] + [str(i) for i in range(tied)]
+    constraints += [_CONSTRAINTS[type(x)] for x in inputs[:free]] + [str(i) for i in range(tied)] + ["~{memory}"] * memory
     values = [x.ir_value(loc=loc, ip=ip) for x in inputs]
     kinds = [t.mlir_type for t in outputs]
     kind = kinds[0] if len(kinds) == 1 else llvm.StructType.get_literal(kinds) if kinds else None
-    result = llvm.inline_asm(kind, values, code, ",".join(constraints), has_side_effects=True, loc=loc, ip=ip)
+    result = llvm.inline_asm(kind, values, code, ",".join(constraints), has_side_effects=effects, loc=loc, ip=ip)
     if len(kinds) < 2:
         return tuple(t(result) for t in outputs)
     return tuple(t(llvm.extractvalue(t.mlir_type, result, [i], loc=loc, ip=ip)) for i, t in enumerate(outputs))
@@ -96,6 +100,35 @@ def store_global4_if(wanted: Boolean, address: Int64, values: tuple) -> None:
     ptx("@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
 
 
+def load_global4(address: Int64) -> tuple:
+    """Four float32 of memory that another CTA may have written."""
+    return ptx("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", (Float32,) * 4, (address,), memory=True)
+
+
+def store_global4(address: Int64, values: tuple) -> None:
+    ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", (), (address, *values), memory=True)
+
+
+def store_rounded_if(wanted: Boolean, address: Int64, value: Float32, dtype: type) -> None:
+    """The value as `dtype`, where `wanted`."""
+    if dtype is Float32:
+        ptx("@$0 st.global.f32 [$1], $2;", (), (wanted, address, value))
+    else:
+        kind = "bf16" if dtype is BFloat16 else "f16"
+        text = f"{{ .reg .b16 h; cvt.rn.{kind}.f32 h, $2; @$0 st.global.b16 [$1], h; }}"
+        ptx(text, (), (wanted, address, value))
+
+
+def count_up(address: Int64) -> None:
+    """Adds one to a counter, and so publishes what this thread knows to be written."""
+    ptx("red.release.gpu.global.add.s32 [$0], 1;", (), (address,), memory=True)
+
+
+def counted(address: Int64) -> Int32:
+    """The counter, with all that was published by raising it to that."""
+    return ptx("ld.acquire.gpu.global.s32 $0, [$1];", (Int32,), (address,), memory=True)[0]
+
+
 @cute.jit
 def is_dense(counts: cute.Pointer, tokens: Int32, experts: Int32) -> Boolean:
     """Whether a call is the dense kernel's, asked by a whole warp: where more than a quarter of alpha is nonzero."""
@@ -128,41 +161,45 @@ def decode_pairs(word: Int32, factor: Int32) -> tuple:
     )  # fmt: skip
 
 
-def copy_bulk(target: Int32, source: Int64, size: Int32, barrier: Int32, ctas: int = 1) -> None:
+def copy_bulk(
+    target: Int32, source: Int64, size: Int32, barrier: Int32, ctas: int = 1, policy: Int64 | None = None
+) -> None:
     """Start a copy of `size` bytes from global to shared memory, which arrives at `barrier` with its bytes.
 
     Args:
         ctas: of the cluster that all get it, at the same place and counted by the same barrier of each.
+        policy: of the L2, as CUTLASS's TMA::CacheHintSm90 encodes them.
     """
-    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    if ctas == 1:
-        ptx(f"{copy} [$0], [$1], $2, [$3];", (), (target, source, size, barrier))
-    else:
-        shared = f"{copy}.multicast::cluster [$0], [$1], $2, [$3], m;"
-        ptx(f"{{ .reg .b16 m; mov.b16 m, {(1 << ctas) - 1}; {shared} }}", (), (target, source, size, barrier))
+    name, operands = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "[$0], [$1], $2, [$3]"
+    if ctas > 1:
+        name, operands = f"{name}.multicast::cluster", f"{operands}, m"
+    if policy is not None:
+        name, operands = f"{name}.L2::cache_hint", f"{operands}, $4"
+    inputs = (target, source, size, barrier) + (() if policy is None else (policy,))
+    ptx(f"{{ .reg .b16 m; mov.b16 m, {(1 << ctas) - 1}; {name} {operands}; }}", (), inputs)
 
 
-def split_scales(word: Int32, half: int) -> tuple[Int32, Int32]:
-    """The scale factors of rows g and g + 8 of one half, twice each."""
-    turn = "prmt.b32 s, $2, $2, 0x2103;" if half else "mov.b32 s, $2;"
-    return ptx(
-        "{ .reg .b32 s; .reg .b16 l, h; " + turn + " and.b32 s, s, 0x7F807F80; mov.b32 {l, h}, s; "
-        "mov.b32 $0, {l, l}; mov.b32 $1, {h, h}; }",
-        (Int32,) * 2, (word,),
-    )  # fmt: skip
+def scale_pair(word: Int32, turned: Int32 | int) -> Int32:
+    """Scale factors of rows g and g + 8 of a warp's 16, as float16 in the two sides of a word.
+
+    Args:
+        turned: 0 for the first 16 rows of a block of 32, 8 for the others.
+    """
+    (word,) = ptx("shf.l.wrap.b32 $0, $1, $1, $2;", (Int32,), (word, Int32(turned)), effects=False)
+    return word & 0x7F807F80
 
 
-def decode_weights(word: Int32, scales: tuple[Int32, Int32]) -> tuple:
-    """The left operand's four registers of one step of 16 values of K."""
+def decode_weights(word: Int32, scales: Int32) -> tuple:
+    """The left operand's four registers of one step of 16 values of K; `scales` of `scale_pair`."""
     # A product with two set bits shifts sign and magnitude by different amounts; the masks keep it free of carries.
     return ptx(
-        f"""{{ .reg .b32 t;
-        and.b32 $0, $4, {_FIELD};
-        shl.b32 t, $4, 3; and.b32 $1, t, {_FIELD};
-        and.b32 t, $4, 0x40384038; mul.lo.u32 t, t, 66; and.b32 $2, t, {_FIELD};
-        and.b32 t, $4, 0x20072007; mul.lo.u32 t, t, 516; and.b32 $3, t, {_FIELD};
-        mul.f16x2 $0, $0, $5; mul.f16x2 $1, $1, $6; mul.f16x2 $2, $2, $5; mul.f16x2 $3, $3, $6; }}""",
-        (Int32,) * 4, (word, *scales),
+        f"""{{ .reg .b32 t, low, high; .reg .b16 l, h;
+        mov.b32 {{l, h}}, $5; mov.b32 low, {{l, l}}; mov.b32 high, {{h, h}};
+        and.b32 t, $4, {_FIELD}; mul.f16x2 $0, t, low;
+        shl.b32 t, $4, 3; and.b32 t, t, {_FIELD}; mul.f16x2 $1, t, high;
+        and.b32 t, $4, 0x40384038; mul.lo.u32 t, t, 66; and.b32 t, t, {_FIELD}; mul.f16x2 $2, t, low;
+        and.b32 t, $4, 0x20072007; mul.lo.u32 t, t, 516; and.b32 t, t, {_FIELD}; mul.f16x2 $3, t, high; }}""",
+        (Int32,) * 4, (word, scales), effects=False,
     )  # fmt: skip
 
 

@@ -18,6 +18,14 @@ from backends.triton.tactic import PREPARED, TritonTactic
 _SUM_BLOCK = 1024
 
 
+@functools.lru_cache(maxsize=None)  # 0.1 ms until triton is imported
+def triton_support() -> Support:
+    """Whether triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return Support(False, "triton is not installed; pip install 'triton>=3.6' (Linux only)")
+    return SUPPORTED
+
+
 class TritonBackend(layout.ReadsFragments):
     """FC2 by Triton kernels, on SM 8.0 and up; on a CPU under Triton's interpreter, for tests only."""
 
@@ -29,8 +37,9 @@ class TritonBackend(layout.ReadsFragments):
         self._compiled: set[tuple] = set()
 
     def is_supported(self, device: DeviceInfo) -> Support:
-        if importlib.util.find_spec("triton") is None:
-            return Support(False, "triton is not installed; pip install 'triton>=3.6' (Linux only)")
+        installed = triton_support()
+        if not installed:
+            return installed
         if device.type == "cpu":
             if _interpreting():
                 return SUPPORTED
