@@ -44,13 +44,12 @@ GPUS: dict[str, Gpu] = {
             790e12,
             "measured 2026-11-23 on one H200: pure read 4.38 TB/s, bf16 GEMM 770-800 TFLOP/s (no FP4 tensor cores)",
         ),
-        # Its pure read was not measured; a copy, which also writes, reached 3.0 TB/s.
         Gpu(
             "H100",
             DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 10**9),
-            3.35e12,
-            798e12,
-            "NVIDIA data sheet (SXM5): 3.35 TB/s; measured on one: bf16 GEMM 798 TFLOP/s (no FP4 tensor cores)",
+            2.98e12,
+            780e12,
+            "measured 2026-11-25 on H100 SXM5s: pure read 2.97-3.06 TB/s, bf16 GEMM 760-798 TFLOP/s (no FP4 tensor cores)",
         ),
     )
 }

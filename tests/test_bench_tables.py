@@ -57,7 +57,7 @@ def test_peers_are_of_one_gpu_shape_and_alpha():
     routed = measured_peers("NVIDIA H200", 7168, 65536, 256, "topk:8")
     assert {p.us[8] for p in routed} == {32.2, 42.1}
     assert len(measured_peers("NVIDIA H200", 7168, 65536, 256, "dense")) == 3
-    assert measured_peers("NVIDIA H100", 7168, 65536, 256, "dense") == []
+    assert measured_peers("NVIDIA H100 PCIe", 7168, 65536, 256, "dense") == []
 
 
 # --- bench import
