@@ -103,8 +103,8 @@ DENSE_MUTATIONS = {
     "columns past the last stored": (" & (row + i // 2 * 8 < hidden)", ""),
     "tokens past the last stored": ("(token + (8 * j + i % 2) < tokens) & ", ""),
     "peer's last signals not awaited": (
-        "        # No CTA may leave while its peer still signals its barriers.\n        cute.arch.cluster_arrive()\n        cute.arch.cluster_wait()\n",
-        "",
+        "its barriers.\n            cute.arch.cluster_arrive()\n            cute.arch.cluster_wait()\n",
+        "its barriers.\n",
     ),
 }
 

@@ -130,61 +130,26 @@ class DenseKernel:
         dense = ins.is_dense(counts, tokens, experts)
         cute.arch.cluster_wait()
         if dense:
-            self.run(
-                ring,
-                acts,
-                w_data,
-                w_scale,
-                alpha_t,
-                parts,
-                flags,
-                out,
-                tokens,
-                hidden,
-                expert_chunks,
-                columns,
-                work,
-                warp,
-            )
-
-    @cute.jit
-    def run(
-        self,
-        ring,
-        acts,
-        w_data,
-        w_scale,
-        alpha_t,
-        parts,
-        flags,
-        out,
-        tokens,
-        hidden,
-        expert_chunks,
-        columns,
-        work,
-        warp,
-    ):
-        rank, number, _ = cute.arch.block_idx()
-        # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
-        # shared with others might never have room for them.
-        cluster = work.clusters - 1 - number
-        if warp < 4:
-            cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
-            if warp == 0:
-                with cute.arch.elect_one():
-                    self.copy_weights(
-                        ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster
-                    )
-            if warp == 1:
-                with cute.arch.elect_one():
-                    self.copy_activations(ring, acts, columns, work, rank, cluster)
-        else:
-            cute.arch.setmaxregister_increase(_REGISTERS[self.tile.groups])
-            self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
-        # No CTA may leave while its peer still signals its barriers.
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+            rank, number, _ = cute.arch.block_idx()
+            # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
+            # shared with others might never have room for them.
+            cluster = work.clusters - 1 - number
+            if warp < 4:
+                cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
+                if warp == 0:
+                    with cute.arch.elect_one():
+                        self.copy_weights(
+                            ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster
+                        )
+                if warp == 1:
+                    with cute.arch.elect_one():
+                        self.copy_activations(ring, acts, columns, work, rank, cluster)
+            else:
+                cute.arch.setmaxregister_increase(_REGISTERS[tile.groups])
+                self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
+            # No CTA may leave while its peer still signals its barriers.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     @cute.jit
     def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster):
