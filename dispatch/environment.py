@@ -92,8 +92,8 @@ def compiler(backend: str) -> str:
 def kernel_fingerprint(backend: type[Fc2Backend]) -> str:
     """12 hex digits of the source of a backend: its package under `backends`, or its own module.
 
-    Comments, docstrings and formatting do not count, so that only changes of the code make measurements
-    stale.
+    Comments, docstrings and formatting do not count, nor does the version of Python, so that only changes of the
+    code make measurements stale.
     """
     module = sys.modules[backend.__module__]
     path = Path(module.__file__)
@@ -107,8 +107,18 @@ def kernel_fingerprint(backend: type[Fc2Backend]) -> str:
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
                 if isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
                     node.body = body[1:] or [ast.Pass()]
-        digest.update(f"{file.name}\n{ast.unparse(tree)}\n".encode())
+        digest.update(f"{file.name}\n{_plain(tree)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _plain(node: object) -> str:
+    """A syntax tree as text, equal for all versions of Python: fields that one of them lacks are empty in the others."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_plain, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (f"{name}={_plain(value)}" for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({' '.join(fields)})"
 
 
 def conditions(backend: Fc2Backend) -> dict[str, str]:

@@ -51,8 +51,13 @@ def run_fc2(
     try:
         key = _key(a, b, alpha, backend, out_dtype, out, tactic)
         plan = _plans.get(key)
+        elsewhere = alpha.is_cuda and alpha.get_device() != torch.cuda.current_device()
     except (AttributeError, TypeError):  # an argument of a type that the checks below refuse by name
-        key = plan = None
+        key, plan, elsewhere = None, None, False
+    if elsewhere:
+        # What backends compile and allocate goes to the current device.
+        with torch.cuda.device(alpha.device):
+            return run_fc2(a, b, alpha, backend, out_dtype, out, tactic)
     if plan is None:
         check_operands(a, b, alpha)
         check_out(out, out_dtype, a, b)

@@ -49,7 +49,7 @@ GPUS: dict[str, Gpu] = {
             DeviceInfo("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 10**9),
             2.98e12,
             780e12,
-            "measured 2026-11-25 on H100 SXM5s: pure read 2.97-3.06 TB/s, bf16 GEMM 760-798 TFLOP/s (no FP4 tensor cores)",
+            "measured 2026-11-25 on H100 SXM5s: pure read 2.88-3.06 TB/s, bf16 GEMM 760-788 TFLOP/s (no FP4 tensor cores)",
         ),
     )
 }

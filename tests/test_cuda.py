@@ -191,3 +191,16 @@ def test_extra_memory_is_bounded():
     x = torch.randn(n, 65536, dtype=torch.bfloat16, device="cuda")
     result = b.nbytes + (64 << 20)  # data and scale factors, the latter twice while they are being reordered
     assert peak(lambda: dispatch.quantize_nvfp4(x)) < result + (512 << 20)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", running_backends())
+def test_operands_on_a_device_that_is_not_the_current_one(name):
+    a, b = make_operands(24, 320, 5 * 256, seed=1, device="cuda:1")
+    alpha = make_alpha("dense", 24, 5, torch.Generator().manual_seed(1)).to("cuda:1")
+    exact, magnitude = reference(a, b, alpha)
+    for weights in forms(a, b, alpha, name):
+        before = torch.cuda.memory_allocated(0)
+        out = dispatch.fc2(a, weights, alpha, backend=name)
+        assert out.device == torch.device("cuda:1") and torch.cuda.memory_allocated(0) == before
+        assert_meets_bar(out, exact, magnitude)

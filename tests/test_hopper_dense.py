@@ -61,8 +61,8 @@ def test_tiles_cover_the_tokens_and_shared_memory_fits(tokens):
     assert kernel.tokens % 16 == 0 and dense_plan.kernel_tile(tokens - 15) == kernel
     assert 0 <= dense_tiling(tokens, 7168, 65536).columns - tokens < 16 * -(-tokens // dense_plan._WIDEST)
     stage = kernel.cta_rows * 128 // 2 + max(kernel.cta_rows * 16, 4 * kernel.tokens) + kernel.tokens * 256
-    # The copying warps run at least a stage ahead of the two that multiplying warps wait for together.
-    assert kernel.stages >= 3 and kernel.stages * (stage + 16) <= 227 * 1024
+    # Two are waited for together; with three the tensor cores waited as well (H100, 2026-11-25).
+    assert kernel.stages >= 4 and kernel.stages * (stage + 16) <= 227 * 1024
 
 
 # ---- the kernels
@@ -128,10 +128,11 @@ def test_meets_the_bar(m, n, experts, inner, clusters, kind, schedule, emulation
 
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
 def test_output_types(out_dtype, emulation):
-    m, n, experts = 70, 201, 3
+    m, n, experts = 70, 777, 3
     a, b = make_operands(m, n, experts * 256, 9)
     alpha = make_alpha("dense", m, experts, torch.Generator().manual_seed(m))
-    tiling = dense_tiling(m, n, experts * 256, dtype_name(out_dtype), 2)
+    tiling = dense_tiling(m, n, experts * 256, dtype_name(out_dtype), 3)
+    assert tiling.full == 1 and tiling.streamed == 1, "a tile of its own for each cluster, and one for all three"
     assert_meets_bar(emulation.dense(tiling, n, a, b, alpha, out_dtype), *reference(a, b, alpha))
 
 

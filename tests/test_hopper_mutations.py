@@ -25,7 +25,8 @@ CONFIG = StreamConfig(rows=64, phases=2, stages=2, slots=4, tokens=64, experts=4
 EXPECT = "            cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)\n"
 MINE = "            if slot % config.cluster == rank:\n"
 TURN = "            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)\n"
-# The lanes of a warp run in step on the emulator: a missing `sync_warp` before an arrival cannot be found there.
+# The lanes of a warp run in step on the emulator, and kernels one after the other: a missing `sync_warp` before an arrival
+# or a missing `griddepcontrol_wait` cannot be found there.
 MUTATIONS = {
     "additions out of turn": (TURN, "            pass\n"),
     "weights overwritten before they are read": (
@@ -100,6 +101,10 @@ DENSE_MUTATIONS = {
     "activations copied into one CTA": ("half, barrier, policy, CLUSTER)", "half, barrier, policy)"),
     "others' sums not awaited": ("while ins.counted(flag) < others:\n                    pass", "pass"),
     "sums of one other cluster too few": ("cutlass.range(others, unroll=1)", "cutlass.range(others - 1, unroll=1)"),
+    "the same other sums twice": ("                    theirs += warps * size * 4\n", ""),
+    "peer's barriers not awaited": ("experts)\n        cute.arch.cluster_wait()\n", "experts)\n"),
+    "a turn's operand made while it may be in use": ("wgmma.wait(1)", "pass"),
+    "alpha of the wrong expert": ("(chunk // expert_chunks)", "chunk"),
     "columns past the last stored": (" & (row + i // 2 * 8 < hidden)", ""),
     "tokens past the last stored": ("(token + (8 * j + i % 2) < tokens) & ", ""),
     "peer's last signals not awaited": (
@@ -125,13 +130,14 @@ def streaming(schedule: str, seed: int, cluster: int = 1) -> None:
 
 
 def multiplying(schedule: str, seed: int) -> None:
-    """More chunks than the ring has stages, two clusters at three tiles, tokens and rows that do not fill theirs."""
-    m, n, experts = 13, 1100, 7
-    a, b = make_operands(m, n, experts * 256, 1)
-    weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
-    tiling = dense_tiling(m, n, experts * 256, clusters=2)
-    out = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
-    assert_meets_bar(out, *reference(a, b, weights))
+    """More chunks than the ring has stages, tiles shared by two clusters and by three, experts of two chunks, tokens and
+    rows that do not fill their tiles."""
+    for m, n, experts, inner, clusters in ((13, 1100, 7, 256, 2), (13, 500, 3, 512, 3)):
+        a, b = make_operands(m, n, experts * inner, 1)
+        weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
+        tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
+        out = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
+        assert_meets_bar(out, *reference(a, b, weights))
 
 
 @pytest.fixture

@@ -74,12 +74,11 @@ class HopperBackend(layout.ReadsFragments):
 
         with torch.cuda.device(out.device):
             for first in range(0, problem.m, PASS_TOKENS):
-                rows = slice(
-                    first, first + PASS_TOKENS
-                )  # a multiple of 128, so the swizzled scale factors split here too
+                # A multiple of 128, where the swizzled scale factors can be split.
+                rows = slice(first, first + PASS_TOKENS)
                 config = rules.stream_config(problem, tactic, min(PASS_TOKENS, problem.m - first))
                 launch.run(problem, config, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
-        self._compiled.add(_kernel_key(problem, tactic))
+            self._compiled.add(_kernel_key(problem, tactic))
 
     def _launcher(self, config: KernelConfig):
         """The kernel, from memory, from disk, or compiled and kept there."""

@@ -1,6 +1,6 @@
 """Dense alpha on SM 9.0: every expert meets every token, on the warpgroup instructions.
 
-A cluster of two CTAs takes a tile of neighbouring rows of B and up to 192 tokens, and walks K in stages of 128:
+A cluster of two CTAs takes a tile of neighbouring rows of B and up to 176 tokens, and walks K in stages of 128:
 
 - the activations, decoded to float16 once per call, are needed by both CTAs; each fetches half of them from the L2 and
   multicasts it to both;
@@ -22,10 +22,11 @@ from cutlass.memory import SmemAllocator
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
 from backends.hopper.dense_plan import CLUSTER, DenseKernelTile
+from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
-#: Rows of a block of prepared weights, the bytes of half a chunk of it, and those of a chunk's scale factors.
-_BLOCK_ROWS, _HALF_BYTES, _SCALE_BYTES = 32, 2048, 512
+#: Bytes of half a chunk of a block of prepared weights.
+_HALF_BYTES = BLOCK_DATA // 2
 #: Bytes of a token's slice of 64 float16 values: one row of the 128-byte swizzle.
 _SLICE_BYTES = 128
 #: Slices of a chunk, and steps of 16 values of K of a slice.
@@ -47,7 +48,7 @@ class DenseKernel:
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
         self.out_type = _OUT_TYPES[tile.out_dtype]
-        self.blocks = tile.cta_rows // _BLOCK_ROWS
+        self.blocks = tile.cta_rows // BLOCK_ROWS
         self.stage_bytes = tile.data_bytes + tile.aside_bytes
         self.slice_bytes = tile.tokens * _SLICE_BYTES
         #: Types and alignments in bytes of the pointers of `__call__`.
@@ -83,7 +84,7 @@ class DenseKernel:
         """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
 
         Args:
-            acts: of `dense_prelude.decode_activations`.
+            acts: of `decode.DecodeKernel`.
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
@@ -166,7 +167,7 @@ class DenseKernel:
                 for half in cutlass.range_constexpr(2):
                     words = ring.weights + stage * self.stage_bytes
                     aside = words + self.tile.data_bytes
-                    aside_bytes = 4 * self.tile.tokens if half else self.blocks * _SCALE_BYTES
+                    aside_bytes = 4 * self.tile.tokens if half else self.blocks * BLOCK_SCALES
                     barrier = (ring.full + stage).toint()
                     cute.arch.mbarrier_wait(ring.empty + stage, phase)
                     cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data_bytes + aside_bytes)
@@ -177,8 +178,8 @@ class DenseKernel:
                             source = data + ((block + i) * 2 + half) * _HALF_BYTES
                             self.copy(words + (near + i) * _HALF_BYTES, source, _HALF_BYTES, barrier, once)
                         if cutlass.const_expr(half == 0):
-                            source = scales + block * _SCALE_BYTES
-                            self.copy(aside + near * _SCALE_BYTES, source, 4 * _SCALE_BYTES, barrier, once)
+                            source = scales + block * BLOCK_SCALES
+                            self.copy(aside + near * BLOCK_SCALES, source, 4 * BLOCK_SCALES, barrier, once)
                     if cutlass.const_expr(half == 1):
                         source = alphas + ((chunk // expert_chunks) * columns + column).to(cutlass.Int64) * 4
                         self.copy(aside, source, aside_bytes, barrier, again)
@@ -219,7 +220,7 @@ class DenseKernel:
         lane = cute.arch.lane_idx()
         # Blocks of 32 rows serve two warps; the second's scale factors lie a byte lower.
         words_at = ring.weights + warp // 2 * _HALF_BYTES + warp % 2 * 512 + lane * 16
-        scales_at = ring.weights + tile.data_bytes + warp // 2 * _SCALE_BYTES + lane * 16
+        scales_at = ring.weights + tile.data_bytes + warp // 2 * BLOCK_SCALES + lane * 16
         alpha_at = ring.weights + tile.data_bytes + lane % 4 * 8
         turned = warp % 2 * 8
         right = wgmma.descriptor(ring.acts)
@@ -256,10 +257,10 @@ class DenseKernel:
                     # The next turn's operand; after the last, the next chunk's first.
                     operand = self.decode(words, scales, (turn + 1) % count, turned)
                     if cutlass.const_expr((turn + 2) % turns == 0):
-                        slice_ = (turn + 2) // turns
+                        slice_ = (turn + 2) // turns  # past the last: the next chunk's
                         if cutlass.const_expr(slice_ == _SLICES):
                             if left == 0:
-                                following = stage  # nothing follows: any words will do
+                                following = stage  # nothing follows: any words will do, and nobody copies any more
                             else:
                                 cute.arch.mbarrier_wait(ring.full + following, following_phase)
                             scales = ins.load4(scales_at + following * self.stage_bytes)
@@ -282,7 +283,7 @@ class DenseKernel:
                 self.keep(codes, words)
                 self.keep(factors, scales)
                 stage, phase = following, following_phase
-            self.finish(parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total)
+            self.deliver(parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total)
 
     def place(self, turn, first, second):
         """Where a turn's activations begin in the ring, in the descriptor's units of 16 bytes."""
@@ -321,37 +322,35 @@ class DenseKernel:
             cute.arch.mbarrier_arrive(barrier, lane)
 
     @cute.jit
-    def finish(self, parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total):
+    def deliver(self, parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total):
         """The warp's sums of a tile, or of the chunks that the cluster has of it.
 
         The cluster with the first chunk adds the others' sums in their order and writes the result; the others leave
         theirs, each thread for the same thread of that cluster, and count up.
         """
         tile = self.tile
-        shared = number - work.whole()
-        flag = (flags + ((shared * CLUSTER + rank) * tile.warps + warp)).toint()
         warps, size = CLUSTER * tile.warps, 16 * tile.tokens
-        mine = (
-            parts + ((shared * work.slots).to(cutlass.Int64) * warps + (rank * tile.warps + warp)) * size + lane * 4
-        ).toint()
-        owner = work.owner(shared * work.chunks)
+        place = rank * tile.warps + warp
+        shared = number - work.full * work.clusters
+        flag = (flags + (shared * warps + place)).toint()
+        theirs = (parts + (((shared * work.slots).to(cutlass.Int64) * warps + place) * size + lane * 4)).toint()
         if first > 0:
-            mine += (cluster - owner - 1).to(cutlass.Int64) * (warps * size * 4)
+            theirs += (cluster - work.owner(shared * work.chunks) - 1).to(cutlass.Int64) * (warps * size * 4)
             for i in cutlass.range_constexpr(tile.tokens // 8):
-                ins.store_global4(mine + 512 * i, [total[4 * i + j] for j in range(4)])
+                ins.store_global4(theirs + 512 * i, [total[4 * i + j] for j in range(4)])
             cute.arch.sync_warp()
             if lane == 0:
                 ins.count_up(flag)
         else:
             if last < work.chunks:
-                others = work.owner((shared + 1) * work.chunks - 1) - owner
+                others = work.owner((shared + 1) * work.chunks - 1) - work.owner(shared * work.chunks)
                 while ins.counted(flag) < others:
                     pass
                 for _ in cutlass.range(others, unroll=1):
                     for i in cutlass.range_constexpr(tile.tokens // 8):
-                        for j, value in enumerate(ins.load_global4(mine + 512 * i)):
+                        for j, value in enumerate(ins.load_global4(theirs + 512 * i)):
                             total[4 * i + j] = total[4 * i + j] + value
-                    mine += warps * size * 4
+                    theirs += warps * size * 4
             row = (number % work.row_tiles * CLUSTER + rank) * tile.cta_rows + warp * 16 + lane // 4
             token = number // work.row_tiles * tile.tokens + lane % 4 * 2
             width = self.out_type.width // 8
@@ -383,10 +382,6 @@ class Work:
     full: cutlass.Int32
     streamed: cutlass.Int32
     slots: cutlass.Int32
-
-    def whole(self):
-        """Tiles that one cluster computes alone."""
-        return self.full * self.clusters
 
     def share(self, cluster):
         units = self.streamed * self.chunks

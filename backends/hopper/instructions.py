@@ -176,7 +176,8 @@ def copy_bulk(
     if policy is not None:
         name, operands = f"{name}.L2::cache_hint", f"{operands}, $4"
     inputs = (target, source, size, barrier) + (() if policy is None else (policy,))
-    ptx(f"{{ .reg .b16 m; mov.b16 m, {(1 << ctas) - 1}; {name} {operands}; }}", (), inputs)
+    mask = f".reg .b16 m; mov.b16 m, {(1 << ctas) - 1}; " if ctas > 1 else ""
+    ptx(f"{{ {mask}{name} {operands}; }}", (), inputs)
 
 
 def scale_pair(word: Int32, turned: Int32 | int) -> Int32:

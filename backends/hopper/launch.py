@@ -55,8 +55,8 @@ def run(
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=True, OVERLAP=True,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
-    # Before the streaming kernel, whose CTAs take the registers of whole multiprocessors: launched early, they would leave
-    # the others to this one.
+    # Before the streaming kernel, whose CTAs, resident early, would leave the decoding only the multiprocessors without a
+    # strip.
     launcher(DecodeConfig(swizzled))(
         words.data_ptr(), a_scale.data_ptr(), counts.data_ptr(), acts.data_ptr(), flags.data_ptr(), tokens, tiling.columns,
         experts, tiling.chunks, tiling.flags, stream,

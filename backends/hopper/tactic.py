@@ -131,7 +131,7 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
         HopperTactic(32, 8, 12),
         HopperTactic(32, 8, 8),
     ]
-    # Sharing activations pays where a strip reads many of them for its weights (H100, 2026-11-25: 2 to 5%).
+    # Sharing activations pays where a strip reads many of them for its weights (H100, 2026-11-25: 0 to 5%).
     if problem.m >= 32:
         grid.append(HopperTactic(64, 7, 14, 2))
     if problem.m >= 192:
