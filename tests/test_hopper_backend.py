@@ -9,7 +9,6 @@ import torch
 import backends
 from backends import DeviceInfo, Fc2Problem
 from backends.hopper import tactic as rules
-from backends.hopper.dense_plan import dense_tiling
 from backends.hopper.stream_plan import SMEM_BYTES
 from backends.hopper.tactic import PASS_TOKENS, HopperTactic, stream_config
 from backends.triton.tactic import PREPARED
