@@ -61,7 +61,7 @@ def test_tiles_cover_the_tokens_and_shared_memory_fits(tokens):
     assert kernel.tokens % 16 == 0 and dense_plan.kernel_tile(tokens - 15) == kernel
     assert 0 <= dense_tiling(tokens, 7168, 65536).columns - tokens < 16 * -(-tokens // dense_plan._WIDEST)
     stage = kernel.cta_rows * 128 // 2 + max(kernel.cta_rows * 16, 4 * kernel.tokens) + kernel.tokens * 256
-    # Two are waited for together; with three the tensor cores waited as well (H100, 2026-11-25).
+    # Two are waited for together, and the next two are then on their way.
     assert kernel.stages >= 4 and kernel.stages * (stage + 16) <= 227 * 1024
 
 

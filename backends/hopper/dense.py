@@ -267,6 +267,7 @@ class DenseKernel:
                         place = (stage, second, following)[slice_ // 2] * self.stage_bytes
                         words = ins.load4(words_at + place + slice_ % 2 * 1024)
                 here = alpha_at + second * self.stage_bytes
+                # Loaded before the products are done where registers leave room for that.
                 early = tile.tokens if 64 < tile.tokens <= 128 else 0
                 alphas = [ins.load2(here + 32 * j, cutlass.Float32) for j in range(early // 8)]
                 # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.

@@ -18,7 +18,7 @@ CLUSTER = 2
 CLUSTERS = 66
 # Shared memory of a CTA, less room for barriers and alignment.
 _SHARED_BYTES = 226 * 1024
-# More stages gain nothing.
+# Four chunks in flight; narrow tiles would leave room for more.
 _MAX_STAGES = 8
 # Widest token tile. At 192, which registers would still hold, shared memory has only three stages: M = 384 took 670 us, in
 # tiles of 128 506 (H100, 2026-11-25).
