@@ -108,9 +108,10 @@ def dense(
     alpha_t[:, :tokens] = alpha.T
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
-        acts=image(a, tiling.columns), w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
-        counts=(alpha != 0).sum(0).int(), parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
-        flags=torch.zeros(max(tiling.flags, 1), dtype=torch.int32), out=out,
+        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
+        counts=(alpha != 0).sum(0).int(), acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
+        parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
+        counters=torch.zeros(tiling.counters, dtype=torch.int32), out=out,
     )  # fmt: skip
     launch(tiling.kernel, buffers, tiling.integers(tokens, hidden, experts), **options)
-    return out
+    return out, buffers["acts"]

@@ -11,9 +11,8 @@ from cutlass.cute.runtime import make_fake_stream, make_ptr
 
 from backends.cute import cache
 from backends.cute.launcher import HOST_TARGETS, SYMBOL, Launcher
-from backends.hopper.decode import DecodeKernel
 from backends.hopper.dense import DenseKernel
-from backends.hopper.dense_plan import DecodeConfig, DenseKernelTile
+from backends.hopper.dense_plan import DenseKernelTile
 from backends.hopper.stream import StreamKernel
 from backends.hopper.stream_plan import StreamConfig
 from backends.hopper.tactic import KernelConfig
@@ -26,10 +25,10 @@ _SOURCES = tuple(
     )
 )  # fmt: skip
 #: The kernel that each kind of configuration selects.
-KERNELS = {StreamConfig: StreamKernel, DecodeConfig: DecodeKernel, DenseKernelTile: DenseKernel}
+KERNELS = {StreamConfig: StreamKernel, DenseKernelTile: DenseKernel}
 
 
-def kernel_of(config: KernelConfig) -> StreamKernel | DecodeKernel | DenseKernel:
+def kernel_of(config: KernelConfig) -> StreamKernel | DenseKernel:
     return KERNELS[type(config)](config)
 
 

@@ -2,13 +2,14 @@
 
 A cluster of two CTAs takes a tile of neighbouring rows of B and up to 176 tokens, and walks K in stages of 128:
 
-- the activations, decoded to float16 once per call, are needed by both CTAs; each fetches half of them from the L2 and
-  multicasts it to both;
+- the activations are decoded to float16 once per call, in the order in which clusters come to need them, and are copied
+  through the L2: both CTAs need them, each fetches half of them and multicasts it to both;
 - each CTA streams its own rows' prepared weights. Groups of four warps decode 64 rows each in registers, the left
   operand, and multiply: while some steps of 16 values of K are multiplied, the next are decoded. The partial sum of a
   chunk of 256 and the running total, `total += alpha * partial`, are both float32 registers.
 
-Two warps of their own keep the ring of stages full. Tiles and shares of them: `dense_plan.DenseTiling`.
+Four more warps serve them: two keep the ring of stages full, two decode activations until all are. Tiles and shares of
+them: `dense_plan`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
-from backends.hopper.dense_plan import CLUSTER, DenseKernelTile
+from backends.hopper.decode import TASK_TOKENS, decode_task
+from backends.hopper.dense_plan import CLUSTER, DenseKernelTile, Shares
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
@@ -32,9 +34,8 @@ _SLICE_BYTES = 128
 #: Slices of a chunk, and steps of 16 values of K of a slice.
 _SLICES, _STEPS = 4, 4
 _GROUP_THREADS = 128
-# Registers of a thread: of the two copying warps' group, and by the number of multiplying groups.
-_COPY_REGISTERS = 24
-_REGISTERS = {2: 240, 4: 112}
+# Registers of a thread, by the number of multiplying groups: of the warps that copy and decode, and of those that multiply.
+_REGISTERS = {2: (40, 232), 4: (56, 104)}
 # Cache policies of the L2 as the copy engine takes them (CUTLASS, TMA::CacheHintSm90).
 _EVICT_FIRST, _EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 
@@ -43,7 +44,7 @@ class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 11
+    INTEGERS = 13
 
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
@@ -53,20 +54,22 @@ class DenseKernel:
         self.slice_bytes = tile.tokens * _SLICE_BYTES
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
-            (cutlass.Float16, 16), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16), (cutlass.Int32, 4),
-            (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
+            (cutlass.Int32, 16), (cutlass.Uint8, 4), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16),
+            (cutlass.Int32, 4), (cutlass.Float16, 16), (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
     def __call__(
         self,
-        acts: cute.Pointer,
+        a_data: cute.Pointer,
+        a_scale: cute.Pointer,
         w_data: cute.Pointer,
         w_scale: cute.Pointer,
         alpha_t: cute.Pointer,
         counts: cute.Pointer,
+        acts: cute.Pointer,
         parts: cute.Pointer,
-        flags: cute.Pointer,
+        counters: cute.Pointer,
         out: cute.Pointer,
         tokens: cutlass.Int32,
         hidden: cutlass.Int32,
@@ -78,23 +81,26 @@ class DenseKernel:
         clusters: cutlass.Int32,
         full: cutlass.Int32,
         streamed: cutlass.Int32,
+        aligned: cutlass.Int32,
+        cost: cutlass.Int32,
         slots: cutlass.Int32,
         stream,
     ):
         """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
 
         Args:
-            acts: of `decode.DecodeKernel`.
+            a_data: [tokens, K/8] words.
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
-            parts, flags: workspaces, `DenseTiling.parts_floats` and `DenseTiling.flags`.
+            acts: workspace, the decoded activations, as in `decode`.
+            parts, counters: workspaces, `DenseTiling.parts_floats` and `DenseTiling.counters`.
             out: [tokens, hidden].
             others: `DenseTiling.integers`.
         """
         self.kernel(
-            acts, w_data, w_scale, alpha_t, counts, parts, flags, out, tokens, hidden, experts,
-            expert_chunks, columns, Work(row_tiles, chunks, clusters, full, streamed, slots),
+            a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, parts, counters, out, tokens, hidden, experts,
+            expert_chunks, columns, Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots),
         ).launch(
             grid=(CLUSTER, clusters, 1),
             block=(_GROUP_THREADS * (self.tile.groups + 1), 1, 1),
@@ -106,9 +112,10 @@ class DenseKernel:
 
     @cute.kernel
     def kernel(
-        self, acts: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer, alpha_t: cute.Pointer,
-        counts: cute.Pointer, parts: cute.Pointer, flags: cute.Pointer, out: cute.Pointer, tokens: cutlass.Int32,
-        hidden: cutlass.Int32, experts: cutlass.Int32, expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
+        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
+        alpha_t: cute.Pointer, counts: cute.Pointer, acts: cute.Pointer, parts: cute.Pointer, counters: cute.Pointer,
+        out: cute.Pointer, tokens: cutlass.Int32, hidden: cutlass.Int32, experts: cutlass.Int32,
+        expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         tile = self.tile
@@ -127,6 +134,8 @@ class DenseKernel:
                     cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()
+        copy_registers, registers = _REGISTERS[tile.groups]
+        ready, taken, flags = counters, counters + work.chunks, counters + work.chunks + 1
         cute.arch.griddepcontrol_wait()
         dense = ins.is_dense(counts, tokens, experts)
         cute.arch.cluster_wait()
@@ -136,7 +145,7 @@ class DenseKernel:
             # shared with others might never have room for them.
             cluster = work.clusters - 1 - number
             if warp < 4:
-                cute.arch.setmaxregister_decrease(_COPY_REGISTERS)
+                cute.arch.setmaxregister_decrease(copy_registers)
                 if warp == 0:
                     with cute.arch.elect_one():
                         self.copy_weights(
@@ -144,9 +153,11 @@ class DenseKernel:
                         )
                 if warp == 1:
                     with cute.arch.elect_one():
-                        self.copy_activations(ring, acts, columns, work, rank, cluster)
+                        self.copy_activations(ring, acts, ready, columns, work, rank, cluster)
+                if warp >= 2:
+                    self.decode_activations(a_data, a_scale, acts, ready, taken, tokens, columns, work)
             else:
-                cute.arch.setmaxregister_increase(_REGISTERS[tile.groups])
+                cute.arch.setmaxregister_increase(registers)
                 self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
             # No CTA may leave while its peer still signals its barriers.
             cute.arch.cluster_arrive()
@@ -189,23 +200,50 @@ class DenseKernel:
         ins.copy_bulk(target, cutlass.Int64(source), cutlass.Int32(size), cutlass.Int32(barrier), ctas, policy)
 
     @cute.jit
-    def copy_activations(self, ring, acts, columns, work, rank, cluster):
-        """One thread: this CTA's half of every slice of activations, into both CTAs."""
+    def copy_activations(self, ring, acts, ready, columns, work, rank, cluster):
+        """One thread: this CTA's half of every slice of activations, into both CTAs, once its chunk is decoded."""
         policy = cutlass.Int64(_EVICT_LAST)
         half = self.slice_bytes // CLUSTER
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
             column = tile // work.row_tiles * self.tile.tokens + rank * (self.tile.tokens // CLUSTER)
-            for k in cutlass.range(first * _SLICES, last * _SLICES, 2, unroll=1):
-                cute.arch.mbarrier_wait(ring.empty + stage, phase)
-                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts_bytes)
-                barrier = (ring.full + stage).toint()
-                for i in cutlass.range_constexpr(2):
-                    target = ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half
-                    source = acts.toint() + ((k + i).to(cutlass.Int64) * columns + column) * _SLICE_BYTES
-                    self.copy(target, source, half, barrier, policy, CLUSTER)
-                stage, phase = self.after(stage, phase)
+            for chunk in cutlass.range(first, last, unroll=1):
+                while ins.counted((ready + chunk).toint()) * TASK_TOKENS < columns:
+                    pass
+                ins.fence_async()
+                for near in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_wait(ring.empty + stage, phase)
+                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts_bytes)
+                    barrier = (ring.full + stage).toint()
+                    for i in cutlass.range_constexpr(2):
+                        target = ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half
+                        slice_ = (chunk * _SLICES + 2 * near + i).to(cutlass.Int64)
+                        source = acts.toint() + (slice_ * columns + column) * _SLICE_BYTES
+                        self.copy(target, source, half, barrier, policy, CLUSTER)
+                    stage, phase = self.after(stage, phase)
+
+    @cute.jit
+    def decode_activations(self, a_data, a_scale, acts, ready, taken, tokens, columns, work):
+        """One of the warps of all CTAs that take tasks, a chunk of a few tokens each, until none is left.
+
+        Tasks are taken in order, never assigned: they get done however many CTAs a shared GPU has room for at once.
+        """
+        lane = cute.arch.lane_idx()
+        blocks = columns // TASK_TOKENS
+        walks, steps = work.walks()
+        tasks = walks * steps * blocks
+        task = ins.take(taken.toint(), lane)
+        while task < tasks:
+            following = ins.take(taken.toint(), lane)  # on its way while this one is done
+            chunk, needed = work.demanded(task // blocks, walks)
+            if needed:
+                first = task % blocks * TASK_TOKENS
+                decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, work.chunks, self.tile.a_swizzled)
+                cute.arch.sync_warp()
+                if lane == 0:
+                    ins.count_up((ready + chunk).toint())
+            task = following
 
     @cute.jit
     def multiply(self, ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp):
@@ -336,7 +374,7 @@ class DenseKernel:
         flag = (flags + (shared * warps + place)).toint()
         theirs = (parts + (((shared * work.slots).to(cutlass.Int64) * warps + place) * size + lane * 4)).toint()
         if first > 0:
-            theirs += (cluster - work.owner(shared * work.chunks) - 1).to(cutlass.Int64) * (warps * size * 4)
+            theirs += (work.place(cluster, shared) - 1).to(cutlass.Int64) * (warps * size * 4)
             for i in cutlass.range_constexpr(tile.tokens // 8):
                 ins.store_global4(theirs + 512 * i, [total[4 * i + j] for j in range(4)])
             cute.arch.sync_warp()
@@ -344,7 +382,7 @@ class DenseKernel:
                 ins.count_up(flag)
         else:
             if last < work.chunks:
-                others = work.owner((shared + 1) * work.chunks - 1) - work.owner(shared * work.chunks)
+                others = work.contributors(shared) - 1
                 while ins.counted(flag) < others:
                     pass
                 for _ in cutlass.range(others, unroll=1):
@@ -352,15 +390,42 @@ class DenseKernel:
                         for j, value in enumerate(ins.load_global4(theirs + 512 * i)):
                             total[4 * i + j] = total[4 * i + j] + value
                     theirs += warps * size * 4
-            row = (number % work.row_tiles * CLUSTER + rank) * tile.cta_rows + warp * 16 + lane // 4
-            token = number // work.row_tiles * tile.tokens + lane % 4 * 2
-            width = self.out_type.width // 8
+            row = (number % work.row_tiles * CLUSTER + rank) * tile.cta_rows + warp * 16
+            self.store(out, tokens, hidden, number // work.row_tiles * tile.tokens, row, lane, total)
+
+    @cute.jit
+    def store(self, out, tokens, hidden, token, row, lane, total):
+        """A warp's 16 rows from `row` on, and the tokens of a tile from `token` on, rounded."""
+        width = self.out_type.width // 8
+        step = 8 * hidden.to(cutlass.Int64) * width
+        by_element = True
+        if cutlass.const_expr(width == 2):
+            by_element = (out.toint() | hidden.to(cutlass.Int64) * width) % 8 != 0
+        if by_element:
+            row += lane // 4
+            token += lane % 4 * 2
             line = out.toint() + (token.to(cutlass.Int64) * hidden + row) * width
-            for j in cutlass.range_constexpr(tile.tokens // 8):
+            for j in cutlass.range_constexpr(self.tile.tokens // 8):
                 for i in cutlass.range_constexpr(4):
                     wanted = (token + (8 * j + i % 2) < tokens) & (row + i // 2 * 8 < hidden)
-                    target = line + (8 * j + i % 2) * hidden.to(cutlass.Int64) * width + i // 2 * 8 * width
+                    target = line + i % 2 * (step // 8) + i // 2 * 8 * width
                     ins.store_rounded_if(wanted, target, total[4 * j + i] * 65536.0, self.out_type)
+                line += step
+        else:
+            # Four rows of a token a lane, so that four lanes fill a sector: transposed, lane 4m + t has rows 2t and 2t + 1 of
+            # both halves of the 16; neighbours then exchange one half of them.
+            odd = lane % 2
+            row += odd * 8 + lane % 4 // 2 * 4
+            token += lane // 4
+            line = out.toint() + (token.to(cutlass.Int64) * hidden + row) * width
+            for j in cutlass.range_constexpr(self.tile.tokens // 8):
+                sums = [total[4 * j + i] * 65536.0 for i in range(4)]
+                low = ins.transpose(ins.round_pair(sums[0], sums[1], self.out_type))
+                high = ins.transpose(ins.round_pair(sums[2], sums[3], self.out_type))
+                theirs = cute.arch.shuffle_sync_bfly(ins.select(odd, low, high), 1)
+                values = (ins.select(odd, theirs, low), ins.select(odd, high, theirs))
+                ins.store_global2_if((token + 8 * j < tokens) & (row < hidden), line, values)
+                line += step
 
 
 @dataclass(frozen=True)
@@ -374,42 +439,82 @@ class Ring:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What each cluster computes: `dense_plan.DenseTiling`, on the device."""
+class Work(Shares):
+    """What each cluster computes, on the device."""
 
-    row_tiles: cutlass.Int32
-    chunks: cutlass.Int32
-    clusters: cutlass.Int32
-    full: cutlass.Int32
-    streamed: cutlass.Int32
     slots: cutlass.Int32
 
-    def share(self, cluster):
-        units = self.streamed * self.chunks
-        return cluster * units // self.clusters, (cluster + 1) * units // self.clusters
-
-    def owner(self, unit):
-        """The cluster whose share holds a chunk of the streamed tiles."""
-        return ((unit + 1) * self.clusters - 1) // (self.streamed * self.chunks)
-
+    @cute.jit
     def length(self, cluster):
         """Chunks of the cluster."""
-        first, end = self.share(cluster)
+        other = cluster - self.aligned * self.streamed
+        first, end = self.share(other)
+        if other < 0:
+            part = cluster // self.streamed
+            first, end = self.bound(part), self.bound(part + 1)
         return self.full * self.chunks + end - first
 
+    @cute.jit
     def segments(self, cluster):
         """Tiles that the cluster works at."""
-        first, end = self.share(cluster)
-        return self.full + (end + self.chunks - 1) // self.chunks - first // self.chunks
+        other = cluster - self.aligned * self.streamed
+        count = self.full + 1
+        if other >= 0:
+            first, end = self.share(other)
+            count = self.full + (end + self.rest - 1) // self.rest - first // self.rest
+        return count
 
     @cute.jit
     def segment(self, cluster, index):
         """(tile, first chunk, end) of one of them."""
-        first, end = self.share(cluster)
-        shared = first // self.chunks + index - self.full
-        tile = self.full * self.clusters + shared
-        low = cutlass.max(first - shared * self.chunks, 0)
-        high = cutlass.min(end - shared * self.chunks, self.chunks)
-        if index < self.full:
-            tile, low, high = cluster + index * self.clusters, cutlass.Int32(0), self.chunks
+        other = cluster - self.aligned * self.streamed
+        tile, low, high = cluster + index * self.clusters, cutlass.Int32(0), self.chunks
+        if index >= self.full:
+            if other < 0:
+                tile = self.full * self.clusters + cluster % self.streamed
+                low, high = self.bound(cluster // self.streamed), self.bound(cluster // self.streamed + 1)
+            else:
+                first, end = self.share(other)
+                index -= self.full
+                if self.aligned > 0:
+                    # The rest of the first tile comes last: all others begin in step with each other.
+                    index = (index + 1) % (self.segments(cluster) - self.full)
+                tile = first // self.rest + index
+                low = self.bound(self.aligned) + cutlass.max(first - tile * self.rest, 0)
+                high = self.bound(self.aligned) + cutlass.min(end - tile * self.rest, self.rest)
+                tile += self.full * self.clusters
         return tile, low, high
+
+    @cute.jit
+    def contributors(self, shared):
+        """Clusters that have chunks of a streamed tile."""
+        count = self.aligned
+        if self.rest > 0:
+            count += self.owner((shared + 1) * self.rest - 1) - self.owner(shared * self.rest) + 1
+        return count
+
+    @cute.jit
+    def place(self, cluster, shared):
+        """The cluster's place among them, in the order of K."""
+        other = cluster - self.aligned * self.streamed
+        place = cluster // self.streamed
+        if other >= 0:
+            place = self.aligned + other - self.owner(shared * self.rest)
+        return place
+
+    @cute.jit
+    def walks(self):
+        """(Stretches of K that clusters begin at the same time, chunks of the longest of them)."""
+        walks, steps = self.aligned + 1, self.bound(1)
+        if (self.full > 0) | (self.aligned == 0):
+            walks, steps = cutlass.Int32(1), self.chunks
+        return walks, steps
+
+    @cute.jit
+    def demanded(self, place, walks):
+        """(Chunk, whether there is one) at a place of the order in which chunks are needed: stretch by stretch in turns."""
+        stretch = place % walks
+        chunk, end = self.bound(stretch) + place // walks, self.chunks
+        if stretch + 1 < walks:
+            end = self.bound(stretch + 1)
+        return chunk, chunk < end

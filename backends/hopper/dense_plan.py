@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 #: Values of K per chunk, the unit of the prepared weights; an expert is a multiple of it.
@@ -25,12 +26,6 @@ _MAX_STAGES = 8
 _WIDEST = 176
 
 
-class DecodeConfig(NamedTuple):
-    """What selects the kernel that decodes activations."""
-
-    a_swizzled: bool  # A's scale factors are in the "128x4" layout, else linear
-
-
 class DenseKernelTile(NamedTuple):
     """What selects the kernel that multiplies."""
 
@@ -39,6 +34,7 @@ class DenseKernelTile(NamedTuple):
     stages: int  # of 128 values of K in shared memory: weights, and decoded activations
     steps: int  # of 16 values of K that are decoded while as many before them are multiplied: 1, 2 or 4
     out_dtype: str  # "bfloat16", "float16" or "float32"
+    a_swizzled: bool  # A's scale factors are in the "128x4" layout, else linear
 
     @property
     def cta_rows(self) -> int:
@@ -70,7 +66,7 @@ class DenseKernelTile(NamedTuple):
         return self.tokens * STAGE * 2
 
 
-def kernel_tile(tokens: int, out_dtype: str = "bfloat16") -> DenseKernelTile:
+def kernel_tile(tokens: int, out_dtype: str = "bfloat16", a_swizzled: bool = True) -> DenseKernelTile:
     """The kernel for a pass: as few token tiles as can be, and no wider than they must.
 
     Every token tile decodes all weights again, and its padding is multiplied like tokens. Up to 64 tokens, sums leave
@@ -78,41 +74,75 @@ def kernel_tile(tokens: int, out_dtype: str = "bfloat16") -> DenseKernelTile:
     """
     tiles = -(-tokens // _WIDEST)
     width = -(-tokens // (16 * tiles)) * 16
-    tile = DenseKernelTile(width, 4 if width <= 64 else 2, 0, 4 if 64 < width <= 128 else 2, out_dtype)
+    tile = DenseKernelTile(width, 4 if width <= 64 else 2, 0, 4 if 64 < width <= 128 else 2, out_dtype, a_swizzled)
     stages = _SHARED_BYTES // (tile.data_bytes + tile.aside_bytes + tile.acts_bytes)
     return tile._replace(stages=min(_MAX_STAGES, stages))
 
 
-class DenseTiling(NamedTuple):
-    """One pass. Tiles are numbered token tile by token tile, row tiles of one token tile side by side.
+@dataclass(frozen=True)
+class Shares:
+    """How clusters divide the tiles of a pass: plain integers here, the DSL's in the kernel.
 
-    Every cluster first computes `full` whole tiles (cluster c: tiles c, c + clusters, ...), all of which begin at the
-    same K at the same time and so find activations and weights in the L2; what is left is cut into equal shares of
-    chunks (stream-K). The cluster whose share holds a tile's first chunk adds the sums of the others in order.
+    Tiles are numbered token tile by token tile, row tiles of one token tile side by side. Every cluster first computes
+    `full` whole tiles (cluster c: tiles c, c + clusters, ...). The `streamed` tiles that are left are cut along K into
+    equal shares: of each, `aligned` clusters take one part (cluster c < aligned * streamed takes part c / streamed of
+    tile c % streamed), and the clusters that remain divide the rests of all tiles among them (stream-K). Clusters so walk
+    the same stretches of K at the same time: they find weights and activations in the L2, and the first activations that
+    they need are few, and soon decoded.
     """
 
-    kernel: DenseKernelTile
-    token_tiles: int
     row_tiles: int
     chunks: int  # of K
     clusters: int
     full: int
-    slots: int  # most clusters that a tile's first one waits for
+    streamed: int
+    aligned: int
+    cost: int  # of all streamed tiles, in thirds of a chunk
+
+    def bound(self, part: int) -> int:
+        """First chunk of an aligned part; behind the last one, of the rest."""
+        return (part * self.cost + 3 * self.clusters - 1) // (3 * self.clusters)
+
+    @property
+    def rest(self) -> int:
+        """Chunks of a streamed tile behind its aligned parts."""
+        return self.chunks - self.bound(self.aligned)
+
+    @property
+    def others(self) -> int:
+        """Clusters that divide the rests."""
+        return self.clusters - self.aligned * self.streamed
+
+    def share(self, other: int) -> tuple[int, int]:
+        """First and end of what one of those computes, in chunks of the rests, tile by tile."""
+        units = self.streamed * self.rest
+        return other * units // self.others, (other + 1) * units // self.others
+
+    def owner(self, unit: int) -> int:
+        """Which of those has a chunk of the rests."""
+        return ((unit + 1) * self.others - 1) // (self.streamed * self.rest)
+
+
+@dataclass(frozen=True)
+class DenseTiling(Shares):
+    """One pass."""
+
+    kernel: DenseKernelTile
+    token_tiles: int
 
     @property
     def columns(self) -> int:
         """Tokens, rounded up to whole tiles."""
         return self.token_tiles * self.kernel.tokens
 
-    @property
-    def whole(self) -> int:
-        """Tiles that one cluster computes alone."""
-        return self.full * self.clusters
-
-    @property
-    def streamed(self) -> int:
-        """Tiles cut into shares."""
-        return self.row_tiles * self.token_tiles - self.whole
+    @functools.cached_property
+    def slots(self) -> int:
+        """Most clusters that the one with a tile's first chunk waits for."""
+        if not self.rest:
+            return max(self.aligned - 1, 0)
+        tiles = range(self.streamed)
+        most = max((self.owner((t + 1) * self.rest - 1) - self.owner(t * self.rest) for t in tiles), default=0)
+        return self.aligned + most
 
     @property
     def acts_bytes(self) -> int:
@@ -121,34 +151,26 @@ class DenseTiling(NamedTuple):
 
     @property
     def parts_floats(self) -> int:
-        """Part sums of clusters that do not hold a tile's first chunk: float32 [streamed, slots, tile], in the order of registers."""
+        """Sums of clusters without a tile's first chunk: float32 [streamed, slots, tile], in the order of registers."""
         return self.streamed * self.slots * self.kernel.tokens * self.kernel.rows
 
     @property
-    def flags(self) -> int:
-        """Counters of finished part sums: int32 [streamed, CTA of the cluster, warp], zero before a call."""
-        return self.streamed * CLUSTER * self.kernel.warps
-
-    def share(self, cluster: int) -> tuple[int, int]:
-        """First and end of the cluster's share, in chunks of the streamed tiles."""
-        units = self.streamed * self.chunks
-        return cluster * units // self.clusters, (cluster + 1) * units // self.clusters
-
-    def owner(self, unit: int) -> int:
-        """The cluster whose share holds a chunk of the streamed tiles."""
-        return ((unit + 1) * self.clusters - 1) // (self.streamed * self.chunks)
+    def counters(self) -> int:
+        """int32, zero before a call: chunks' decoded tokens, the decoding's next task, and finished part sums [streamed,
+        CTA of the cluster, warp]."""
+        return self.chunks + 1 + self.streamed * CLUSTER * self.kernel.warps
 
     def integers(self, tokens: int, hidden: int, experts: int) -> tuple[int, ...]:
         """The kernel's run-time integers, in the order of `DenseKernel.__call__`."""
         return (
             tokens, hidden, experts, self.chunks // experts, self.columns, self.row_tiles, self.chunks, self.clusters,
-            self.full, self.streamed, self.slots,
+            self.full, self.streamed, self.aligned, self.cost, self.slots,
         )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)  # every call asks
 def dense_tiling(
-    tokens: int, hidden: int, k: int, out_dtype: str = "bfloat16", clusters: int = CLUSTERS
+    tokens: int, hidden: int, k: int, out_dtype: str = "bfloat16", a_swizzled: bool = True, clusters: int = CLUSTERS
 ) -> DenseTiling:
     """The tiling for one pass.
 
@@ -156,16 +178,21 @@ def dense_tiling(
         tokens: of the pass, at least 1.
         hidden: rows of B.
         k: a multiple of `CHUNK`.
-        out_dtype: as in `DenseKernelTile`.
+        out_dtype, a_swizzled: as in `DenseKernelTile`.
         clusters: of the launch; fewer where there is less work.
     """
-    kernel = kernel_tile(tokens, out_dtype)
+    kernel = kernel_tile(tokens, out_dtype, a_swizzled)
     token_tiles, row_tiles, chunks = -(-tokens // kernel.tokens), -(-hidden // kernel.rows), k // CHUNK
     tiles = token_tiles * row_tiles
     clusters = min(clusters, tiles * chunks)
     full = tiles // clusters
     if 0 < tiles % clusters * chunks < clusters:
         full -= 1  # a share would be empty
-    tiling = DenseTiling(kernel, token_tiles, row_tiles, chunks, clusters, full, 0)
-    others = (tiling.owner((tile + 1) * chunks - 1) - tiling.owner(tile * chunks) for tile in range(tiling.streamed))
-    return tiling._replace(slots=max(others, default=0))
+    streamed = tiles - full * clusters
+    tiling = DenseTiling(row_tiles, chunks, clusters, full, streamed, 0, 0, kernel, token_tiles)
+    aligned = clusters // max(streamed, 1)
+    others = clusters - aligned * streamed
+    # Delivering the sums of a rest takes a cluster as long as 4/3 of a chunk (1.9 to 2.3 us, H100, 2026-11-26).
+    deliveries = streamed + others if others else 0
+    cut = replace(tiling, aligned=aligned, cost=3 * streamed * chunks + 4 * deliveries)
+    return cut if others <= streamed * cut.rest else tiling  # no share may be empty

@@ -96,17 +96,14 @@ def load_global1_if(wanted: Boolean, address: Int64) -> Int32:
     return ptx("@$1 ld.global.nc.b32 $0, [$2];", (Int32,), (wanted, address, Int32(0)), tied=1)[0]
 
 
-def store_global4_if(wanted: Boolean, address: Int64, values: tuple) -> None:
-    ptx("@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
-
-
 def load_global4(address: Int64) -> tuple:
     """Four float32 of memory that another CTA may have written."""
     return ptx("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", (Float32,) * 4, (address,), memory=True)
 
 
 def store_global4(address: Int64, values: tuple) -> None:
-    ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", (), (address, *values), memory=True)
+    """Four words."""
+    ptx("st.global.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values), memory=True)
 
 
 def store_rounded_if(wanted: Boolean, address: Int64, value: Float32, dtype: type) -> None:
@@ -119,6 +116,27 @@ def store_rounded_if(wanted: Boolean, address: Int64, value: Float32, dtype: typ
         ptx(text, (), (wanted, address, value))
 
 
+def round_pair(low: Float32, high: Float32, dtype: type) -> Int32:
+    """Two values of a 16-bit type in a word."""
+    kind = "bf16x2" if dtype is BFloat16 else "f16x2"
+    return ptx(f"cvt.rn.{kind}.f32 $0, $2, $1;", (Int32,), (low, high))[0]
+
+
+def transpose(word: Int32) -> Int32:
+    """8 x 8 16-bit values, two of row lane / 4 in each lane, transposed."""
+    return ptx("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", (Int32,), (word,))[0]
+
+
+def select(condition: Int32, one: Int32, other: Int32) -> Int32:
+    """`one` where the condition is not zero."""
+    text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; selp.b32 $0, $1, $2, p; }"
+    return ptx(text, (Int32,), (one, other, condition), effects=False)[0]
+
+
+def store_global2_if(wanted: Boolean, address: Int64, values: tuple) -> None:
+    ptx("@$0 st.global.v2.b32 [$1], {$2, $3};", (), (wanted, address, *values))
+
+
 def count_up(address: Int64) -> None:
     """Adds one to a counter, and so publishes what this thread knows to be written."""
     ptx("red.release.gpu.global.add.s32 [$0], 1;", (), (address,), memory=True)
@@ -127,6 +145,20 @@ def count_up(address: Int64) -> None:
 def counted(address: Int64) -> Int32:
     """The counter, with all that was published by raising it to that."""
     return ptx("ld.acquire.gpu.global.s32 $0, [$1];", (Int32,), (address,), memory=True)[0]
+
+
+def take(address: Int64, lane: Int32) -> Int32:
+    """Adds one to a counter for the whole warp; what it was before."""
+    (old,) = ptx(
+        "{ .reg .pred p; setp.eq.s32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.s32 $0, [$1], 1; }",
+        (Int32,), (address, lane), memory=True,
+    )  # fmt: skip
+    return cute.arch.shuffle_sync(old, 0)
+
+
+def fence_async() -> None:
+    """What this thread knows to be written is so for bulk copies, too, that it starts from here on."""
+    ptx("fence.proxy.async.global;", (), (), memory=True)
 
 
 @cute.jit

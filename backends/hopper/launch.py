@@ -5,7 +5,7 @@ from typing import Callable
 
 import torch
 
-from backends.hopper.dense_plan import DecodeConfig, dense_tiling
+from backends.hopper.dense_plan import dense_tiling
 from backends.hopper.stream_plan import StreamConfig
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
@@ -22,7 +22,7 @@ def run(
     alpha: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Enqueue one pass: list, gather, decode, stream, multiply. Each kernel is launched while the one before it
+    """Enqueue one pass: list, gather, stream, multiply. Each kernel is launched while the one before it
     runs (programmatic dependent launch) and waits for it before it touches memory.
 
     Args:
@@ -34,7 +34,7 @@ def run(
     swizzled = problem.a_layout == "128x4"
     padded = 1 << (experts - 1).bit_length()
     wide = round_up(tokens, 16)
-    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype)
+    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype, swizzled)
     counts = torch.empty(experts, dtype=torch.int32, device=device)
     token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
@@ -42,12 +42,12 @@ def run(
     # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
     acts = torch.empty(max(wide * problem.k, tiling.acts_bytes // 2), dtype=torch.float16, device=device)
     parts = torch.empty(tiling.parts_floats, dtype=torch.float32, device=device)
-    flags = torch.empty(tiling.flags, dtype=torch.int32, device=device)
+    counters = torch.empty(tiling.counters, dtype=torch.int32, device=device)
     words = a_data.view(torch.int32)
     stream = torch.cuda.current_stream(device).cuda_stream
 
     list_tokens[(experts,)](
-        alpha, counts, token_of, weight_of, alpha_t, tokens, tiling.columns,
+        alpha, counts, token_of, weight_of, alpha_t, counters, tokens, tiling.columns, tiling.counters,
         EXPERTS=experts, BLOCK=max(128, 1 << (config.tokens - 1).bit_length()), OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
@@ -55,17 +55,12 @@ def run(
         EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=True, OVERLAP=True,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
-    # Before the streaming kernel, whose CTAs, resident early, would leave the decoding only the multiprocessors without a
-    # strip.
-    launcher(DecodeConfig(swizzled))(
-        words.data_ptr(), a_scale.data_ptr(), counts.data_ptr(), acts.data_ptr(), flags.data_ptr(), tokens, tiling.columns,
-        experts, tiling.chunks, tiling.flags, stream,
-    )  # fmt: skip
     launcher(config)(
         b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(),
         weight_of.data_ptr(), out.data_ptr(), tokens, problem.n, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
-        acts.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(), parts.data_ptr(),
-        flags.data_ptr(), out.data_ptr(), *tiling.integers(tokens, problem.n, experts), stream,
+        words.data_ptr(), a_scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(),
+        acts.data_ptr(), parts.data_ptr(), counters.data_ptr(), out.data_ptr(),
+        *tiling.integers(tokens, problem.n, experts), stream,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from backends.hopper.dense_plan import DecodeConfig, DenseKernelTile, dense_tiling
+from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
@@ -13,7 +13,7 @@ from backends.tactic import Tactic
 from backends.triton.tactic import CHUNK, PREPARED
 
 #: What selects a compiled kernel of the DSL.
-KernelConfig = StreamConfig | DecodeConfig | DenseKernelTile
+KernelConfig = StreamConfig | DenseKernelTile
 CAPABILITY = (9, 0)
 #: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
 PASS_TOKENS = 512
@@ -102,9 +102,11 @@ def passes(problem: Fc2Problem) -> list[int]:
 @functools.lru_cache(maxsize=4096)  # every call asks
 def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
     """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
-    configs: set[KernelConfig | None] = {DecodeConfig(problem.a_layout == "128x4")}
+    configs: set[KernelConfig | None] = set()
     for tokens in passes(problem):
-        tiling = dense_tiling(tokens, problem.n, problem.k, dtype_name(problem.out_dtype))
+        tiling = dense_tiling(
+            tokens, problem.n, problem.k, dtype_name(problem.out_dtype), problem.a_layout == "128x4"
+        )
         configs |= {stream_config(problem, tactic, tokens), tiling.kernel}
     return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
 

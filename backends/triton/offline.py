@@ -65,8 +65,8 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
     kernels = {
         "list_tokens": compile_kernel(
             plan.list_tokens, capability,
-            dict(alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS, alpha_t=_FLOATS, tokens="i32",
-                 columns="i32"),
+            dict(alpha=_FLOATS, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS, alpha_t=_FLOATS, zeroed=_WORDS,
+                 tokens="i32", columns="i32", zeros="i32"),
             dict(EXPERTS=problem.experts, BLOCK=128, OVERLAP=overlap),
             launch_pdl=overlap,
         ),

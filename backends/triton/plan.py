@@ -36,10 +36,10 @@ def wait_for_predecessor():
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "columns"])
+@triton.jit(do_not_specialize=["tokens", "columns", "zeros"])
 def list_tokens(
-    alpha, counts, token_of, weight_of, alpha_t, tokens, columns, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    alpha, counts, token_of, weight_of, alpha_t, zeroed, tokens, columns, zeros, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Per expert (one program each): its tokens in ascending order and their alpha.
 
@@ -48,10 +48,14 @@ def list_tokens(
         token_of, weight_of: int32 and float32 [EXPERTS, tokens rounded up to 16]; row e holds counts[e] of them, then
             tokens -1 up to a multiple of 16.
         alpha_t: float32 [EXPERTS, columns], alpha transposed, then zeros.
+        zeroed: int32 [zeros], counters of the kernels that follow, set to zero.
     """
     if OVERLAP:
         wait_for_predecessor()
     e = tl.program_id(0)
+    for first in range(e * BLOCK, zeros, EXPERTS * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        tl.store(zeroed + i, i * 0, mask=i < zeros)
     row_of = e.to(tl.int64) * ((tokens + 15) // 16 * 16)
     count = 0
     for first in range(0, columns, BLOCK):

@@ -80,7 +80,7 @@ def _gathered(
     units = scratch(problem.k // 64 if has_dense else 0, columns, dtype=torch.int32)
 
     list_tokens[(experts,)](
-        alpha, counts, token_of, weight_of, alpha_t, tokens, columns,
+        alpha, counts, token_of, weight_of, alpha_t, counts, tokens, columns, 0,
         EXPERTS=experts, BLOCK=128, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](

@@ -76,6 +76,21 @@ def shfl(e, instr: Instr) -> None:
 
 
 @runtime
+def transpose(value):
+    """8 x 8 values of 16 bits, lane 4r + i holding values 2i and 2i + 1 of row r, transposed."""
+    halves = spread(value).astype(np.uint32).view(np.uint16).reshape(8, 8)
+    return np.ascontiguousarray(halves.T).reshape(-1).view(np.uint32).astype(np.int64)
+
+
+@op("movmatrix", starts_block=True)
+def movmatrix(e, instr: Instr) -> None:
+    modifiers(instr, 1, {"sync", "aligned", "m8n8", "trans", "b16"})
+    d, a = instr.operands
+    e.line("if m is not None and w.hold(m): return HOLD")
+    e.write(d, f"transpose({e.read(a, 'i')})", "i")
+
+
+@runtime
 def vote(how, p, mask):
     if type(p) is not _ndarray:
         if how != "ballot":
