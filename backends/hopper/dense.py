@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
-from backends.hopper.decode import TASK_TOKENS, decode_task
+from backends.hopper.decode import TASK_TOKENS, decode_task, prefetch_task
 from backends.hopper.dense_plan import CLUSTER, DenseKernelTile, Shares
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 
@@ -119,7 +119,8 @@ class DenseKernel:
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         tile = self.tile
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        rank, number, _ = cute.arch.block_idx()
         smem = SmemAllocator()
         ring = Ring(
             smem.allocate(tile.stages * tile.acts_bytes, 1024).toint(),
@@ -136,11 +137,17 @@ class DenseKernel:
         cute.arch.cluster_arrive()
         copy_registers, registers = _REGISTERS[tile.groups]
         ready, taken, flags = counters, counters + work.chunks, counters + work.chunks + 1
+        if (warp == 2) | (warp == 3):
+            # Probably the warp's first task: into the L2, before the weights ask for the memory's whole rate.
+            chunk, _, first = self.task(4 * number + 2 * rank + warp - 2, columns, work)
+            prefetch_task(a_data, a_scale, first, tokens, chunk, work.chunks, tile.a_swizzled)
         cute.arch.griddepcontrol_wait()
+        task = cutlass.Int32(0)
+        if (warp == 2) | (warp == 3):
+            task = ins.take(taken.toint(), lane)  # on its way while the counts are read
         dense = ins.is_dense(counts, tokens, experts)
         cute.arch.cluster_wait()
         if dense:
-            rank, number, _ = cute.arch.block_idx()
             # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
             # shared with others might never have room for them.
             cluster = work.clusters - 1 - number
@@ -155,7 +162,7 @@ class DenseKernel:
                     with cute.arch.elect_one():
                         self.copy_activations(ring, acts, ready, columns, work, rank, cluster)
                 if warp >= 2:
-                    self.decode_activations(a_data, a_scale, acts, ready, taken, tokens, columns, work)
+                    self.decode_activations(task, a_data, a_scale, acts, ready, taken, tokens, columns, work)
             else:
                 cute.arch.setmaxregister_increase(registers)
                 self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
@@ -224,26 +231,29 @@ class DenseKernel:
                     stage, phase = self.after(stage, phase)
 
     @cute.jit
-    def decode_activations(self, a_data, a_scale, acts, ready, taken, tokens, columns, work):
+    def decode_activations(self, task, a_data, a_scale, acts, ready, taken, tokens, columns, work):
         """One of the warps of all CTAs that take tasks, a chunk of a few tokens each, until none is left.
 
         Tasks are taken in order, never assigned: they get done however many CTAs a shared GPU has room for at once.
         """
         lane = cute.arch.lane_idx()
-        blocks = columns // TASK_TOKENS
         walks, steps = work.walks()
-        tasks = walks * steps * blocks
-        task = ins.take(taken.toint(), lane)
+        tasks = walks * steps * (columns // TASK_TOKENS)
         while task < tasks:
             following = ins.take(taken.toint(), lane)  # on its way while this one is done
-            chunk, needed = work.demanded(task // blocks, walks)
+            chunk, needed, first = self.task(task, columns, work)
             if needed:
-                first = task % blocks * TASK_TOKENS
                 decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, work.chunks, self.tile.a_swizzled)
                 cute.arch.sync_warp()
                 if lane == 0:
                     ins.count_up((ready + chunk).toint())
             task = following
+
+    def task(self, number, columns, work) -> tuple:
+        """(Chunk, whether there is one, first token) of a task."""
+        blocks = columns // TASK_TOKENS
+        chunk, needed = work.demanded(number // blocks)
+        return chunk, needed, number % blocks * TASK_TOKENS
 
     @cute.jit
     def multiply(self, ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp):
@@ -505,14 +515,15 @@ class Work(Shares):
     @cute.jit
     def walks(self):
         """(Stretches of K that clusters begin at the same time, chunks of the longest of them)."""
-        walks, steps = self.aligned + 1, self.bound(1)
+        walks, steps = self.aligned + 1, self.bound(1) + 1
         if (self.full > 0) | (self.aligned == 0):
             walks, steps = cutlass.Int32(1), self.chunks
         return walks, steps
 
     @cute.jit
-    def demanded(self, place, walks):
+    def demanded(self, place):
         """(Chunk, whether there is one) at a place of the order in which chunks are needed: stretch by stretch in turns."""
+        walks, _ = self.walks()
         stretch = place % walks
         chunk, end = self.bound(stretch) + place // walks, self.chunks
         if stretch + 1 < walks:

@@ -101,6 +101,11 @@ def load_global4(address: Int64) -> tuple:
     return ptx("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", (Float32,) * 4, (address,), memory=True)
 
 
+def prefetch_if(wanted: Boolean, address: Int64) -> None:
+    """The line of an address into the L2."""
+    ptx("@$0 prefetch.global.L2 [$1];", (), (wanted, address))
+
+
 def store_global4(address: Int64, values: tuple) -> None:
     """Four words."""
     ptx("st.global.v4.b32 [$0], {$1, $2, $3, $4};", (), (address, *values), memory=True)

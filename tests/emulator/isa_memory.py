@@ -353,6 +353,7 @@ def hints(e, instr: Instr) -> None:
     if instr.parts[0] == "createpolicy":
         e.write(instr.operands[0], "0", "q")
         return
+    e.line("pass")  # with a predicate, a block of its own
     for operand in instr.operands:
         if isinstance(operand, Mem):
             e.address(operand)
