@@ -51,8 +51,10 @@ def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return counts, token_of, weight_of
 
 
-def gathered(a, counts: torch.Tensor, token_of: torch.Tensor, experts: int) -> torch.Tensor:
-    """The activations as `backends.triton.plan.gather_tokens` makes them; what it does not write is NaN."""
+def gathered(
+    a, counts: torch.Tensor, token_of: torch.Tensor, weight_of: torch.Tensor, experts: int
+) -> torch.Tensor:
+    """Slots as `backends.triton.plan.gather_tokens` makes them; what it does not write is NaN."""
     width, k = token_of.shape[1], a.shape[1]
     values = (a.dequantize().double() / 256).half()
     out = torch.full((experts, width, k // experts), float("nan"), dtype=torch.float16)
@@ -62,7 +64,15 @@ def gathered(a, counts: torch.Tensor, token_of: torch.Tensor, experts: int) -> t
     # 16 values of a lane: 8w + {0, 4, 1, 5}, then 8w + {2, 6, 3, 7}, of its word w.
     pieces = out.view(experts, width // 8, 8, k // experts // 256, 4, 4, 2, 8)  # e eight token chunk q t w value
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-    return pieces[..., order].permute(0, 1, 3, 4, 6, 2, 5, 7).contiguous()
+    values = pieces[..., order].permute(0, 1, 3, 4, 6, 2, 5, 7).contiguous()
+    chunks = k // experts // 256
+    slots = torch.full((experts, width // 8, chunks, 1040), -1, dtype=torch.int32)
+    slots[..., :1024] = values.view(torch.int32).view(experts, width // 8, chunks, 1024)
+    used = (torch.arange(width) < counts[:, None]).view(experts, width // 8, 1, 8)
+    slots[..., 1024:1032] = torch.where(used, token_of.view(experts, width // 8, 1, 8), -1)
+    weights = torch.where(used, weight_of.view(experts, width // 8, 1, 8), 0.0)
+    slots[..., 1032:] = weights.view(torch.int32)
+    return slots
 
 
 def run(
@@ -77,8 +87,8 @@ def run(
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, config.experts), counts=counts,
-        token_of=token_of, weight_of=weight_of, out=out,
+        w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, weight_of, config.experts),
+        counts=counts, out=out,
     )  # fmt: skip
     report = launch(config, tensors, (m, n), seed=emulator_seed, **options)
     assert_meets_bar(out, *reference(a, b, alpha))

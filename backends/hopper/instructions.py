@@ -217,6 +217,28 @@ def copy_bulk(
     ptx(f"{{ {mask}{name} {operands}; }}", (), inputs)
 
 
+def fixed(value: Int32) -> Int32:
+    """The value, kept in a register: shared memory's address is else computed anew at each use, from a special register."""
+    return ptx("mov.b32 $0, $1;", (Int32,), (value,))[0]
+
+
+def wait(barrier: Int32, phase: Int32) -> None:
+    """Waits until the barrier's phase of that parity is complete."""
+    text = "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
+    ptx(text, (), (barrier, phase), memory=True)
+
+
+def completed(barrier: Int32, phase: Int32) -> Int32:
+    """Whether it is, without waiting."""
+    text = "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.s32 $0, 1, 0, p; }"
+    return ptx(text, (Int32,), (barrier, phase), memory=True)[0]
+
+
+def expect_bytes(barrier: Int32, size: int) -> None:
+    """One arrival, with which the barrier's phase waits for bytes of copies."""
+    ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (), (barrier, Int32(size)), memory=True)
+
+
 def scale_pair(word: Int32, turned: Int32 | int) -> Int32:
     """Scale factors of rows g and g + 8 of a warp's 16, as float16 in the two sides of a word.
 

@@ -5,8 +5,8 @@ from typing import Callable
 
 import torch
 
-from backends.hopper.dense_plan import dense_tiling
-from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.dense_plan import CHUNK, dense_tiling
+from backends.hopper.stream_plan import GROUP, SLOT_BYTES, StreamConfig
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
 from backends.triton.plan import gather_tokens, list_tokens
@@ -40,7 +40,8 @@ def run(
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
     alpha_t = torch.empty((experts, tiling.columns), dtype=torch.float32, device=device)
     # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
-    acts = torch.empty(max(wide * problem.k, tiling.acts_bytes // 2), dtype=torch.float16, device=device)
+    slots = wide // GROUP * problem.k // CHUNK
+    acts = torch.empty(max(slots * SLOT_BYTES, tiling.acts_bytes) // 4, dtype=torch.int32, device=device)
     parts = torch.empty(tiling.parts_floats, dtype=torch.float32, device=device)
     counters = torch.empty(tiling.counters, dtype=torch.int32, device=device)
     words = a_data.view(torch.int32)
@@ -51,13 +52,13 @@ def run(
         EXPERTS=experts, BLOCK=max(128, 1 << (config.tokens - 1).bit_length()), OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
-        words, a_scale, counts, token_of, acts.view(torch.int32), tokens,
-        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=True, OVERLAP=True,
-        num_warps=4, launch_pdl=True,
+        words, a_scale, counts, token_of, weight_of, acts, tokens,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, LISTED=True, HAS_DENSE=True,
+        OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     launcher(config)(
-        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(),
-        weight_of.data_ptr(), out.data_ptr(), tokens, problem.n, stream,
+        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), out.data_ptr(), tokens, problem.n,
+        stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
         words.data_ptr(), a_scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(),

@@ -24,8 +24,8 @@ from backends.hopper.stream_plan import (
     BLOCK_ROWS,
     BLOCK_SCALES,
     GROUP,
-    HEADER_BYTES,
     SLOT_BYTES,
+    VALUE_BYTES,
     StreamConfig,
 )  # fmt: skip
 
@@ -46,8 +46,7 @@ class StreamKernel:
         self.row_bytes = config.rows * 4
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
-            (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Int32, 4), (cutlass.Int32, 16),
-            (cutlass.Float32, 16), (self.out_type, 2),
+            (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
@@ -57,8 +56,6 @@ class StreamKernel:
         w_scale: cute.Pointer,
         gathered: cute.Pointer,
         counts: cute.Pointer,
-        token_of: cute.Pointer,
-        weight_of: cute.Pointer,
         out: cute.Pointer,
         tokens: Int32,
         hidden: Int32,
@@ -68,10 +65,10 @@ class StreamKernel:
 
         Args:
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
-            gathered, counts, token_of, weight_of: of `backends/triton/plan.py`.
+            gathered, counts: of `backends/triton/plan.py`.
             out: [tokens, hidden].
         """
-        self.kernel(w_data, w_scale, gathered, counts, token_of, weight_of, out, tokens, hidden).launch(
+        self.kernel(w_data, w_scale, gathered, counts, out, tokens, hidden).launch(
             # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
             grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, 1, 1),
             block=(self.config.threads, 1, 1),
@@ -85,7 +82,7 @@ class StreamKernel:
     @cute.kernel
     def kernel(
         self, w_data: cute.Pointer, w_scale: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer,
-        token_of: cute.Pointer, weight_of: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32,
+        out: cute.Pointer, tokens: Int32, hidden: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -113,7 +110,7 @@ class StreamKernel:
                 self.consume(smem, barriers, used, warp, lane)
             elif lane == 0:
                 if warp == config.consumers:
-                    self.fetch(smem, barriers, groups, gathered, token_of, weight_of, tokens)
+                    self.fetch(smem, groups, gathered, tokens)
                 else:
                     self.load(smem, barriers, used, w_data, w_scale, hidden)
             cute.arch.sync_threads()
@@ -143,7 +140,7 @@ class StreamKernel:
 
     @cute.jit
     def _list_experts(self, smem: Int32, counts: cute.Pointer, lane: Int32):
-        """The table of selected experts, (expert, tokens << 16; groups of the experts before), and its totals."""
+        """The table of selected experts, (expert, tokens << 16; groups of the experts before), an empty entry, and totals."""
         experts = self.config.experts
         used, groups, pairs = Int32(0), Int32(0), Int32(0)
         # Eight loads and scans at a time overlap: one after the other they took 3 us (H200, 2026-11-23).
@@ -172,8 +169,7 @@ class StreamKernel:
                 pairs += total >> 16
         if lane == 0:
             ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
-            if used == 0:
-                ins.store2(smem + self.offset["table"], (Int32(0), Int32(0)))
+            ins.store2(smem + self.offset["table"] + used * 8, (Int32(0), Int32(0)))
 
     @cute.jit
     def load(
@@ -198,43 +194,51 @@ class StreamKernel:
             ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), Int32(full.toint()))
 
     @cute.jit
-    def fetch(
-        self, smem: Int32, barriers: cute.Pointer, groups: Int32, gathered: cute.Pointer, token_of: cute.Pointer,
-        weight_of: cute.Pointer, tokens: Int32,
-    ):  # fmt: skip
-        """One lane: copy slot after slot of gathered activations, with its tokens and their alpha.
+    def fetch(self, smem: Int32, groups: Int32, gathered: cute.Pointer, tokens: Int32):
+        """One lane: copy slot after slot of gathered activations.
 
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
+
+        Everything that takes long is asked for one slot ahead: else a slot took 320 to 550 cycles, and the whole kernel
+        waited for this lane (H100, 2026-11-26).
         """
         config = self.config
         rank = cute.arch.block_idx()[0] % config.cluster
-        width = Int64(cute.ceil_div(tokens, 16) * 16)
-        entry, chunk, group = Int32(0), Int32(0), Int32(0)
-        packed = ins.load1(smem + self.offset["table"])
-        for slot in cutlass.range(groups * config.chunks, unroll=1):
-            while group * GROUP >= packed >> 16:
-                group = Int32(0)
+        smem = ins.fixed(smem)
+        table = smem + self.offset["table"]
+        values = smem + self.offset["activations"]
+        full, empty = (smem + self.offset["barriers"] + 8 * self.barrier[k] for k in ("slot_full", "slot_empty"))
+        # Bytes from one group of an expert's tokens to the next, and from one expert to the next.
+        step = Int64(config.chunks * SLOT_BYTES)
+        expert_step = cute.ceil_div(tokens, 16) * (16 // GROUP) * step
+        entry, chunk, left, source = Int32(0), Int32(config.chunks - 1), Int32(0), Int64(0)
+        packed, following = Int32(0), ins.load1(table)
+        place, phase, free = Int32(0), Int32(1), Int32(1)
+        for _ in cutlass.range(groups * config.chunks, unroll=1):
+            if left == 0:
                 chunk += 1
                 if chunk == config.chunks:
                     chunk = Int32(0)
+                    packed = following
                     entry += 1
-                    packed = ins.load1(smem + self.offset["table"] + entry * 8)
-            first = (packed & 0xFFFF) * width + group * GROUP
-            place, turn = slot % config.slots, slot // config.slots
-            if turn > 0:
-                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty", place), (turn - 1) & 1)
-            full = self._barrier(barriers, "slot_full", place)
-            cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)
-            if slot % config.cluster == rank:
-                target = smem + self.offset["activations"] + place * SLOT_BYTES
-                source = Int64(gathered.toint()) + (first // GROUP * config.chunks + chunk) * SLOT_BYTES
-                header = smem + self.offset["headers"] + place * HEADER_BYTES
-                barrier = Int32(full.toint())
-                ins.copy_bulk(target, source, Int32(SLOT_BYTES), barrier, config.cluster)
-                ins.copy_bulk(header, Int64(token_of.toint()) + first * 4, Int32(32), barrier, config.cluster)
-                ins.copy_bulk(header + 32, Int64(weight_of.toint()) + first * 4, Int32(32), barrier, config.cluster)
-            group += 1
+                    following = ins.load1(table + entry * 8)
+                left = ((packed >> 16) + GROUP - 1) // GROUP
+                source = Int64(gathered.toint()) + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
+            if free == 0:
+                ins.wait(empty + place * 8, phase)
+            ins.expect_bytes(full + place * 8, SLOT_BYTES)
+            here = place
+            place += 1
+            if place == config.slots:
+                place, phase = Int32(0), phase ^ 1
+            free = ins.completed(empty + place * 8, phase)
+            if here % config.cluster == rank:
+                ins.copy_bulk(
+                    values + here * SLOT_BYTES, source, Int32(SLOT_BYTES), full + here * 8, config.cluster
+                )
+            source += step
+            left -= 1
 
     @cute.jit
     def consume(self, smem: Int32, barriers: cute.Pointer, used: Int32, warp: Int32, lane: Int32):
@@ -313,7 +317,7 @@ class StreamKernel:
                             sums[i][half] = ins.multiply(sums[i][half], operand, right[i][2 * step : 2 * step + 2])
         tokens, weights = [], []
         for i in cutlass.range_constexpr(width):
-            header = smem + self.offset["headers"] + places[i] * HEADER_BYTES + t * 8
+            header = pieces[i] + (VALUE_BYTES - lane * 16 + t * 8)
             listed = Boolean(i < left)
             tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
             weights.append(ins.load2_if(listed, header + 32, (zero, zero)))

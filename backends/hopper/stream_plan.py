@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 #: Rows per block of prepared weights, and a block's bytes per item (256 values of K): data, and scale factors.
 BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
-#: Tokens per slot of activations, the slot's bytes, and those of its list of tokens and weights.
-GROUP, SLOT_BYTES, HEADER_BYTES = 8, 4096, 64
+#: Tokens per slot of activations, the bytes of their values, and of the slot: their numbers and alpha follow.
+GROUP, VALUE_BYTES, SLOT_BYTES = 8, 4096, 4160
 # Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
@@ -70,10 +70,9 @@ class StreamConfig:
             "weights": self.stages * self.stage_bytes,
             "activations": self.slots * SLOT_BYTES,
             "sums": self.tokens * self.rows * 4,
-            "headers": self.slots * HEADER_BYTES,
             "barriers": 8 * self.barriers["end"],
             "totals": 16,
-            "table": self.experts * 8,
+            "table": (self.experts + 1) * 8,
         }
         return _running(sizes)
 

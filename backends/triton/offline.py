@@ -72,8 +72,10 @@ def _gathered(problem: Fc2Problem, tactic: TritonTactic, capability: tuple[int, 
         ),
         "gather_tokens": compile_kernel(
             plan.gather_tokens, capability,
-            dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, token_of=_WORDS, gathered=_WORDS, tokens="i32"),
-            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, ROWS=8, HAS_DENSE=has_dense, OVERLAP=overlap),
+            dict(a_data=_WORDS, a_scale=_BYTES, counts=_WORDS, token_of=_WORDS, weight_of=_FLOATS, gathered=_WORDS,
+                 tokens="i32"),
+            dict(**experts, INNER=problem.intermediate, A_SWIZZLED=swizzled, ROWS=8, LISTED=False, HAS_DENSE=has_dense,
+                 OVERLAP=overlap),
             launch_pdl=overlap,
         ),
         "fc2_routed": compile_kernel(

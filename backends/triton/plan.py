@@ -74,17 +74,18 @@ def list_tokens(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gather_tokens(
-    a_data, a_scale, counts, token_of, gathered, tokens,
+    a_data, a_scale, counts, token_of, weight_of, gathered, tokens,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, INNER: tl.constexpr, A_SWIZZLED: tl.constexpr,
-    ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, LISTED: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The decoded activations of each expert's tokens: programs (expert, part of its tokens), nothing if dense.
 
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
-        counts, token_of: of `list_tokens`.
-        gathered: int32 [EXPERTS, eights of tokens, INNER / 64 quarters, word 2, token 8, lane t 4, pair 4], float16 pairs
-            2^-8 of the values, in the order of the right operand; padding tokens are not written.
+        counts, token_of, weight_of: of `list_tokens`.
+        gathered: int32 [EXPERTS, eights of tokens, INNER / 256, slot], a slot [quarter 4, word 2, token 8, lane t 4, pair 4]
+            of float16 pairs 2^-8 of the values, in the order of the right operand; padding tokens are not written. If LISTED
+            the eight tokens follow, -1 for padding, and their alpha.
     """
     if OVERLAP:
         wait_for_predecessor()
@@ -95,13 +96,16 @@ def gather_tokens(
     count = tl.load(counts + e)
     k_words: tl.constexpr = EXPERTS * INNER // 8
     blocks: tl.constexpr = EXPERTS * INNER // 16
+    slot_words: tl.constexpr = 1040 if LISTED else 1024
     word = tl.arange(0, 32)  # of a 256-value chunk: quarter 4, lane t 4, word 2
     quarter, lane, half = word // 8, word // 2 % 4, word % 2
     for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
         slot = first + tl.arange(0, ROWS)
-        m = tl.load(token_of + row_of + slot, mask=slot < count, other=0).to(tl.int64)
+        m = tl.load(token_of + row_of + slot, mask=slot < count, other=-1)
         present = (slot < count)[:, None] & (word >= 0)[None, :]
-        row = m[:, None]
+        row = m.to(tl.int64)[:, None]
+        if LISTED:
+            weight = tl.load(weight_of + row_of + slot, mask=slot < count, other=0.0).to(tl.int32, bitcast=True)
         for chunk in range(0, INNER // 256):
             column = e * (INNER // 8) + chunk * 32 + word
             code = tl.load(a_data + row * k_words + column[None, :], mask=present, other=0).to(tl.uint32, bitcast=True)
@@ -114,11 +118,15 @@ def gather_tokens(
             unit = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True) * 16384.0
             unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
             eight = (row_of + slot[:, None]) // 8 * (INNER // 256) + chunk
-            target = eight * 1024 + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
+            target = eight * slot_words + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
             even = tl.join(decode_pair(code, unit, 0), decode_pair(code, unit, 2))
             odd = tl.join(decode_pair(code, unit, 1), decode_pair(code, unit, 3))
             four = tl.reshape(tl.join(even, odd), (ROWS, 32, 4)).to(tl.int32, bitcast=True)
             tl.store(gathered + target[:, :, None] + tl.arange(0, 4)[None, None, :], four, mask=present[:, :, None])
+            if LISTED:
+                listed = gathered + ((row_of + slot) // 8 * (INNER // 256) + chunk) * slot_words + 1024 + slot % 8
+                tl.store(listed, m)
+                tl.store(listed + 8, weight)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "token_tiles", "programs"])

@@ -84,8 +84,8 @@ def _gathered(
         EXPERTS=experts, BLOCK=128, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
-        words, a_scale, counts, token_of, gathered, tokens,
-        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, ROWS=8, HAS_DENSE=has_dense,
+        words, a_scale, counts, token_of, weight_of, gathered, tokens,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, ROWS=8, LISTED=False, HAS_DENSE=has_dense,
         OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     fc2_routed[(strips, sets)](
