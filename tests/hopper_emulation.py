@@ -67,11 +67,15 @@ def gathered(
     values = pieces[..., order].permute(0, 1, 3, 4, 6, 2, 5, 7).contiguous()
     chunks = k // experts // 256
     slots = torch.full((experts, width // 8, chunks, 1040), -1, dtype=torch.int32)
-    slots[..., :1024] = values.view(torch.int32).view(experts, width // 8, chunks, 1024)
+    pieces = values.view(torch.int32).view(experts, width // 8, chunks, 8, 8, 16)  # ... piece token word
+    for token in range(8):
+        for piece in range(8):
+            first = 16 + token * 128 + (piece ^ token) * 16
+            slots[..., first : first + 16] = pieces[..., piece, token, :]
     used = (torch.arange(width) < counts[:, None]).view(experts, width // 8, 1, 8)
-    slots[..., 1024:1032] = torch.where(used, token_of.view(experts, width // 8, 1, 8), -1)
+    slots[..., :8] = torch.where(used, token_of.view(experts, width // 8, 1, 8), -1)
     weights = torch.where(used, weight_of.view(experts, width // 8, 1, 8), 0.0)
-    slots[..., 1032:] = weights.view(torch.int32)
+    slots[..., 8:16] = weights.view(torch.int32)
     return slots
 
 

@@ -36,8 +36,6 @@ _SLICES, _STEPS = 4, 4
 _GROUP_THREADS = 128
 # Registers of a thread, by the number of multiplying groups: of the warps that copy and decode, and of those that multiply.
 _REGISTERS = {2: (40, 232), 4: (56, 104)}
-# Cache policies of the L2 as the copy engine takes them (CUTLASS, TMA::CacheHintSm90).
-_EVICT_FIRST, _EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 
 
 class DenseKernel:
@@ -173,7 +171,7 @@ class DenseKernel:
     @cute.jit
     def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster):
         """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second."""
-        once, again = cutlass.Int64(_EVICT_FIRST), cutlass.Int64(_EVICT_LAST)
+        once, again = cutlass.Int64(ins.EVICT_FIRST), cutlass.Int64(ins.EVICT_LAST)
         data, scales, alphas = w_data.toint(), w_scale.toint(), alpha_t.toint()
         blocks = ((hidden + 127) // 128 * 4).to(cutlass.Int64)
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
@@ -209,7 +207,7 @@ class DenseKernel:
     @cute.jit
     def copy_activations(self, ring, acts, ready, columns, work, rank, cluster):
         """One thread: this CTA's half of every slice of activations, into both CTAs, once its chunk is decoded."""
-        policy = cutlass.Int64(_EVICT_LAST)
+        policy = cutlass.Int64(ins.EVICT_LAST)
         half = self.slice_bytes // CLUSTER
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):

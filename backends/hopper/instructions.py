@@ -13,6 +13,8 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
+#: Cache policies of the L2 as the copy engine takes them (CUTLASS, TMA::CacheHintSm90).
+EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 #: Selects the signs and magnitudes of one field of a word, where they lie in a float16.
 _FIELD = "0x8E008E00"
 _CONSTRAINTS = {Float32: "f", Int32: "r", Int64: "l", Boolean: "b"}
@@ -205,7 +207,7 @@ def copy_bulk(
 
     Args:
         ctas: of the cluster that all get it, at the same place and counted by the same barrier of each.
-        policy: of the L2, as CUTLASS's TMA::CacheHintSm90 encodes them.
+        policy: `EVICT_FIRST`, `EVICT_LAST` or neither.
     """
     name, operands = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", "[$0], [$1], $2, [$3]"
     if ctas > 1:
@@ -234,9 +236,9 @@ def completed(barrier: Int32, phase: Int32) -> Int32:
     return ptx(text, (Int32,), (barrier, phase), memory=True)[0]
 
 
-def expect_bytes(barrier: Int32, size: int) -> None:
+def expect_bytes(barrier: Int32, size: Int32) -> None:
     """One arrival, with which the barrier's phase waits for bytes of copies."""
-    ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (), (barrier, Int32(size)), memory=True)
+    ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", (), (barrier, size), memory=True)
 
 
 def scale_pair(word: Int32, turned: Int32 | int) -> Int32:

@@ -24,8 +24,9 @@ from backends.hopper.stream_plan import (
     BLOCK_ROWS,
     BLOCK_SCALES,
     GROUP,
+    LIST_BYTES,
     SLOT_BYTES,
-    VALUE_BYTES,
+    TOKEN_BYTES,
     StreamConfig,
 )  # fmt: skip
 
@@ -190,12 +191,13 @@ class StreamKernel:
             full = self._barrier(barriers, "weights_full", stage)
             cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
             target = smem + self.offset["weights"] + stage * config.stage_bytes
-            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), Int32(full.toint()))
-            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), Int32(full.toint()))
+            once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
+            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
+            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
 
     @cute.jit
     def fetch(self, smem: Int32, groups: Int32, gathered: cute.Pointer, tokens: Int32):
-        """One lane: copy slot after slot of gathered activations.
+        """One lane: copy slot after slot of gathered activations, as many tokens as there are.
 
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
@@ -216,29 +218,28 @@ class StreamKernel:
         packed, following = Int32(0), ins.load1(table)
         place, phase, free = Int32(0), Int32(1), Int32(1)
         for _ in cutlass.range(groups * config.chunks, unroll=1):
-            if left == 0:
+            if left <= 0:
                 chunk += 1
                 if chunk == config.chunks:
                     chunk = Int32(0)
                     packed = following
                     entry += 1
                     following = ins.load1(table + entry * 8)
-                left = ((packed >> 16) + GROUP - 1) // GROUP
+                left = packed >> 16
                 source = Int64(gathered.toint()) + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
             if free == 0:
                 ins.wait(empty + place * 8, phase)
-            ins.expect_bytes(full + place * 8, SLOT_BYTES)
+            size = LIST_BYTES + cutlass.min(left, GROUP) * TOKEN_BYTES
+            ins.expect_bytes(full + place * 8, size)
             here = place
             place += 1
             if place == config.slots:
                 place, phase = Int32(0), phase ^ 1
             free = ins.completed(empty + place * 8, phase)
             if here % config.cluster == rank:
-                ins.copy_bulk(
-                    values + here * SLOT_BYTES, source, Int32(SLOT_BYTES), full + here * 8, config.cluster
-                )
+                ins.copy_bulk(values + here * SLOT_BYTES, source, size, full + here * 8, config.cluster)
             source += step
-            left -= 1
+            left -= GROUP
 
     @cute.jit
     def consume(self, smem: Int32, barriers: cute.Pointer, used: Int32, warp: Int32, lane: Int32):
@@ -300,7 +301,8 @@ class StreamKernel:
             if left <= width:
                 if lane == 0:
                     cute.arch.mbarrier_arrive(self._barrier(barriers, "acquired", warp))
-        pieces = [smem + self.offset["activations"] + place * SLOT_BYTES + lane * 16 for place in places]
+        slots = [smem + self.offset["activations"] + place * SLOT_BYTES for place in places]
+        pieces = [slot + (LIST_BYTES + g * TOKEN_BYTES + t * 16) for slot in slots]
         present = [g < members - i * GROUP for i in range(width)]
         zero = Float32(0.0)
         sums = [[(zero, zero, zero, zero) for _ in range(2)] for _ in range(width)]
@@ -308,8 +310,9 @@ class StreamKernel:
         for q in cutlass.range_constexpr(4):
             factors = [ins.scale_pair(scales[q], 8 * half) for half in range(2)]
             for pair in cutlass.range_constexpr(2):
+                piece = ((2 * q + pair) * 64) ^ (g * 64)
                 for i in cutlass.range_constexpr(width):
-                    right[i] = ins.load4_if(present[i], pieces[i] + (2 * q + pair) * 512, right[i])
+                    right[i] = ins.load4_if(present[i], pieces[i] + piece, right[i])
                 for step in cutlass.range_constexpr(2):
                     for half in cutlass.range_constexpr(2):
                         operand = ins.decode_weights(words[q][half][2 * pair + step], factors[half])
@@ -317,7 +320,7 @@ class StreamKernel:
                             sums[i][half] = ins.multiply(sums[i][half], operand, right[i][2 * step : 2 * step + 2])
         tokens, weights = [], []
         for i in cutlass.range_constexpr(width):
-            header = pieces[i] + (VALUE_BYTES - lane * 16 + t * 8)
+            header = slots[i] + t * 8
             listed = Boolean(i < left)
             tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
             weights.append(ins.load2_if(listed, header + 32, (zero, zero)))

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 #: Rows per block of prepared weights, and a block's bytes per item (256 values of K): data, and scale factors.
 BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
-#: Tokens per slot of activations, the bytes of their values, and of the slot: their numbers and alpha follow.
-GROUP, VALUE_BYTES, SLOT_BYTES = 8, 4096, 4160
+#: Tokens per slot of activations, bytes of their numbers and alpha, with which it begins, of a token's values, and of all.
+GROUP, LIST_BYTES, TOKEN_BYTES = 8, 64, 512
+SLOT_BYTES = LIST_BYTES + GROUP * TOKEN_BYTES
 # Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.

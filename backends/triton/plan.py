@@ -83,9 +83,10 @@ def gather_tokens(
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
         counts, token_of, weight_of: of `list_tokens`.
-        gathered: int32 [EXPERTS, eights of tokens, INNER / 256, slot], a slot [quarter 4, word 2, token 8, lane t 4, pair 4]
-            of float16 pairs 2^-8 of the values, in the order of the right operand; padding tokens are not written. If LISTED
-            the eight tokens follow, -1 for padding, and their alpha.
+        gathered: int32 [EXPERTS, eights of tokens, INNER / 256, slot], float16 pairs 2^-8 of the values in the order of the
+            right operand; padding tokens are not written. A slot is [quarter 4, word 2, token 8, lane t 4, pair 4]. If
+            LISTED: the eight tokens, -1 for padding, their alpha, then [token 8, piece 8, lane t 4, pair 4], where piece
+            (2 * quarter + word) ^ token keeps the tokens of a piece in different banks of shared memory.
     """
     if OVERLAP:
         wait_for_predecessor()
@@ -118,13 +119,17 @@ def gather_tokens(
             unit = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True) * 16384.0
             unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
             eight = (row_of + slot[:, None]) // 8 * (INNER // 256) + chunk
-            target = eight * slot_words + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
+            if LISTED:
+                token = (slot % 8)[:, None]
+                target = eight * slot_words + 16 + token * 128 + ((quarter * 2 + half)[None, :] ^ token) * 16 + (lane * 4)[None, :]
+            else:
+                target = eight * slot_words + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
             even = tl.join(decode_pair(code, unit, 0), decode_pair(code, unit, 2))
             odd = tl.join(decode_pair(code, unit, 1), decode_pair(code, unit, 3))
             four = tl.reshape(tl.join(even, odd), (ROWS, 32, 4)).to(tl.int32, bitcast=True)
             tl.store(gathered + target[:, :, None] + tl.arange(0, 4)[None, None, :], four, mask=present[:, :, None])
             if LISTED:
-                listed = gathered + ((row_of + slot) // 8 * (INNER // 256) + chunk) * slot_words + 1024 + slot % 8
+                listed = gathered + ((row_of + slot) // 8 * (INNER // 256) + chunk) * slot_words + slot % 8
                 tl.store(listed, m)
                 tl.store(listed + 8, weight)
 
