@@ -80,7 +80,8 @@ def gathered(
 
 
 def run(
-    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, emulator_seed: int = 0, **options
+    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, emulator_seed: int = 0,
+    clusters: int = 2, **options,
 ) -> tuple[torch.Tensor, Report]:
     """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
     k = config.experts * config.chunks * 256
@@ -92,9 +93,10 @@ def run(
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
         w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, weight_of, config.experts),
-        counts=counts, out=out,
+        counts=counts, parts=torch.full((clusters * config.cluster, m * config.rows), float("nan")),
+        flags=torch.zeros(clusters * config.cluster, dtype=torch.int32), out=out,
     )  # fmt: skip
-    report = launch(config, tensors, (m, n), seed=emulator_seed, **options)
+    report = launch(config, tensors, (m, n, clusters), seed=emulator_seed, **options)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report
 

@@ -14,9 +14,6 @@ STAGE = 128
 GROUP_ROWS = 64
 #: CTAs of a cluster: neighbouring row tiles that share the activations.
 CLUSTER = 2
-#: Clusters of a launch: two multiprocessors of an H100 or H200 each. They decide the order of additions, hence a constant
-#: and not a property of the device.
-CLUSTERS = 66
 # Shared memory of a CTA, less room for barriers and alignment.
 _SHARED_BYTES = 226 * 1024
 # Four chunks in flight; narrow tiles would leave room for more.
@@ -170,7 +167,7 @@ class DenseTiling(Shares):
 
 @functools.lru_cache(maxsize=4096)  # every call asks
 def dense_tiling(
-    tokens: int, hidden: int, k: int, out_dtype: str = "bfloat16", a_swizzled: bool = True, clusters: int = CLUSTERS
+    tokens: int, hidden: int, k: int, out_dtype: str = "bfloat16", a_swizzled: bool = True, clusters: int = 66
 ) -> DenseTiling:
     """The tiling for one pass.
 
@@ -179,7 +176,7 @@ def dense_tiling(
         hidden: rows of B.
         k: a multiple of `CHUNK`.
         out_dtype, a_swizzled: as in `DenseKernelTile`.
-        clusters: of the launch; fewer where there is less work.
+        clusters: two multiprocessors each, 66 on an H100 SXM or H200; fewer are launched where there is less work.
     """
     kernel = kernel_tile(tokens, out_dtype, a_swizzled)
     token_tiles, row_tiles, chunks = -(-tokens // kernel.tokens), -(-hidden // kernel.rows), k // CHUNK

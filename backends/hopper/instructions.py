@@ -49,9 +49,9 @@ def ptx(
     return tuple(t(llvm.extractvalue(t.mlir_type, result, [i], loc=loc, ip=ip)) for i, t in enumerate(outputs))
 
 
-def load4(address: Int32) -> tuple:
+def load4(address: Int32, dtype: type = Int32) -> tuple:
     """Four words of shared memory."""
-    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", (Int32,) * 4, (address,))
+    return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", (dtype,) * 4, (address,))
 
 
 def load4_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
@@ -98,9 +98,11 @@ def load_global1_if(wanted: Boolean, address: Int64) -> Int32:
     return ptx("@$1 ld.global.nc.b32 $0, [$2];", (Int32,), (wanted, address, Int32(0)), tied=1)[0]
 
 
-def load_global4(address: Int64) -> tuple:
-    """Four float32 of memory that another CTA may have written."""
-    return ptx("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", (Float32,) * 4, (address,), memory=True)
+def load_global4(address: Int64, wanted: Boolean | bool = True) -> tuple:
+    """Four float32 of memory that another CTA may have written, or zeros."""
+    old = (Float32(0.0),) * 4
+    text = "@$4 ld.global.v4.f32 {$0, $1, $2, $3}, [$5];"
+    return ptx(text, (Float32,) * 4, (Boolean(wanted), address, *old), tied=4, memory=True)
 
 
 def prefetch_if(wanted: Boolean, address: Int64) -> None:

@@ -5,7 +5,9 @@ from typing import Callable
 
 import torch
 
-from backends.hopper.dense_plan import CHUNK, dense_tiling
+from backends.device import DeviceInfo
+from backends.hopper import stream_plan
+from backends.hopper.dense_plan import CHUNK, CLUSTER, dense_tiling
 from backends.hopper.stream_plan import GROUP, SLOT_BYTES, StreamConfig
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
@@ -34,7 +36,8 @@ def run(
     swizzled = problem.a_layout == "128x4"
     padded = 1 << (experts - 1).bit_length()
     wide = round_up(tokens, 16)
-    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype, swizzled)
+    multiprocessors = DeviceInfo.of(device).sm_count
+    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype, swizzled, multiprocessors // CLUSTER)
     counts = torch.empty(experts, dtype=torch.int32, device=device)
     token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
@@ -42,13 +45,16 @@ def run(
     # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
     slots = wide // GROUP * problem.k // CHUNK
     acts = torch.empty(max(slots * SLOT_BYTES, tiling.acts_bytes) // 4, dtype=torch.int32, device=device)
-    parts = torch.empty(tiling.parts_floats, dtype=torch.float32, device=device)
-    counters = torch.empty(tiling.counters, dtype=torch.int32, device=device)
+    # Part sums, the same.
+    clusters = stream_plan.clusters(problem.n, config, multiprocessors)
+    ctas = clusters * config.cluster
+    parts = torch.empty(max(ctas * tokens * config.rows, tiling.parts_floats), dtype=torch.float32, device=device)
+    counters = torch.empty(ctas + tiling.counters, dtype=torch.int32, device=device)
     words = a_data.view(torch.int32)
     stream = torch.cuda.current_stream(device).cuda_stream
 
     list_tokens[(experts,)](
-        alpha, counts, token_of, weight_of, alpha_t, counters, tokens, tiling.columns, tiling.counters,
+        alpha, counts, token_of, weight_of, alpha_t, counters, tokens, tiling.columns, counters.numel(),
         EXPERTS=experts, BLOCK=max(128, 1 << (config.tokens - 1).bit_length()), OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
@@ -57,11 +63,11 @@ def run(
         OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     launcher(config)(
-        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), out.data_ptr(), tokens, problem.n,
-        stream,
+        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), parts.data_ptr(), counters.data_ptr(),
+        out.data_ptr(), tokens, problem.n, clusters, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
         words.data_ptr(), a_scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(),
-        acts.data_ptr(), parts.data_ptr(), counters.data_ptr(), out.data_ptr(),
+        acts.data_ptr(), parts.data_ptr(), counters[ctas:].data_ptr(), out.data_ptr(),
         *tiling.integers(tokens, problem.n, experts), stream,
     )  # fmt: skip

@@ -12,6 +12,14 @@ SLOT_BYTES = LIST_BYTES + GROUP * TOKEN_BYTES
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
 SMEM_BYTES = 227 * 1024
+# Clusters that share a strip at most: the one that stores the result adds the others' sums one after the other.
+_MOST_PARTS = 8
+
+
+def clusters(hidden: int, config: StreamConfig, multiprocessors: int) -> int:
+    """Of a launch, or CTAs where they do not form clusters: all that run at once, and no more than pay."""
+    tiles = -(-hidden // (config.rows * config.cluster))
+    return min(multiprocessors // config.cluster, _MOST_PARTS * tiles)
 
 
 @dataclass(frozen=True)

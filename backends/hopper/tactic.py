@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
+from backends.hopper.dense_plan import DenseKernelTile, kernel_tile
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
@@ -104,10 +104,8 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
     """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
     configs: set[KernelConfig | None] = set()
     for tokens in passes(problem):
-        tiling = dense_tiling(
-            tokens, problem.n, problem.k, dtype_name(problem.out_dtype), problem.a_layout == "128x4"
-        )
-        configs |= {stream_config(problem, tactic, tokens), tiling.kernel}
+        kernel = kernel_tile(tokens, dtype_name(problem.out_dtype), problem.a_layout == "128x4")
+        configs |= {stream_config(problem, tactic, tokens), kernel}
     return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
 
 
