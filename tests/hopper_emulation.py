@@ -10,7 +10,7 @@ from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
 from backends.hopper.dense_plan import DenseTiling
-from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.stream_plan import StreamConfig, strips
 from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
 from backends.triton import layout
@@ -81,7 +81,7 @@ def gathered(
 
 def run(
     config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, emulator_seed: int = 0,
-    clusters: int = 2, **options,
+    parts: int = 1, **options,
 ) -> tuple[torch.Tensor, Report]:
     """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
     k = config.experts * config.chunks * 256
@@ -93,10 +93,10 @@ def run(
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
         w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, weight_of, config.experts),
-        counts=counts, parts=torch.full((clusters * config.cluster, m * config.rows), float("nan")),
-        flags=torch.zeros(clusters * config.cluster, dtype=torch.int32), out=out,
+        counts=counts, sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
+        flags=torch.zeros(strips(n, config), dtype=torch.int32), out=out,
     )  # fmt: skip
-    report = launch(config, tensors, (m, n, clusters), seed=emulator_seed, **options)
+    report = launch(config, tensors, (m, n, parts), seed=emulator_seed, **options)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report
 

@@ -46,10 +46,10 @@ def run(
     slots = wide // GROUP * problem.k // CHUNK
     acts = torch.empty(max(slots * SLOT_BYTES, tiling.acts_bytes) // 4, dtype=torch.int32, device=device)
     # Part sums, the same.
-    clusters = stream_plan.clusters(problem.n, config, multiprocessors)
-    ctas = clusters * config.cluster
-    parts = torch.empty(max(ctas * tokens * config.rows, tiling.parts_floats), dtype=torch.float32, device=device)
-    counters = torch.empty(ctas + tiling.counters, dtype=torch.int32, device=device)
+    strips, parts = stream_plan.strips(problem.n, config), stream_plan.parts(problem.n, config, multiprocessors)
+    floats = max((parts - 1) * strips * tokens * config.rows, tiling.parts_floats)
+    sums = torch.empty(floats, dtype=torch.float32, device=device)
+    counters = torch.empty(strips + tiling.counters, dtype=torch.int32, device=device)
     words = a_data.view(torch.int32)
     stream = torch.cuda.current_stream(device).cuda_stream
 
@@ -63,11 +63,11 @@ def run(
         OVERLAP=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     launcher(config)(
-        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), parts.data_ptr(), counters.data_ptr(),
-        out.data_ptr(), tokens, problem.n, clusters, stream,
+        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), sums.data_ptr(), counters.data_ptr(),
+        out.data_ptr(), tokens, problem.n, parts, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
         words.data_ptr(), a_scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(),
-        acts.data_ptr(), parts.data_ptr(), counters[ctas:].data_ptr(), out.data_ptr(),
+        acts.data_ptr(), sums.data_ptr(), counters[strips:].data_ptr(), out.data_ptr(),
         *tiling.integers(tokens, problem.n, experts), stream,
     )  # fmt: skip

@@ -2,20 +2,18 @@
 
     out[m, n] = sum_e alpha[m, e] * sum_{k in expert e} A[m, k] * B[n, k]
 
-A strip is 32 or 64 rows of B, an item an expert's 256 values of K. All CTAs get equal shares of the items of all strips,
-strip by strip. A CTA walks its items in ascending order and keeps float32 sums of all tokens in shared memory; the one with
-a strip's first item adds the sums of those that continue it and stores the result. Three roles:
+A CTA owns 32 or 64 rows of B, a strip. It walks the items, an expert's 256 values of K each, in ascending order, and keeps
+float32 sums of all tokens in shared memory. Where there are fewer strips than multiprocessors, several CTAs take a part of
+the items of each, and the one with the first adds the sums of the others. Three roles:
 
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
-- the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
+- the one before it copies gathered activations, in the order of the tensor core's right operand, eight tokens to a
   slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
 """
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
@@ -61,12 +59,12 @@ class StreamKernel:
         w_scale: cute.Pointer,
         gathered: cute.Pointer,
         counts: cute.Pointer,
-        parts: cute.Pointer,
+        sums: cute.Pointer,
         flags: cute.Pointer,
         out: cute.Pointer,
         tokens: Int32,
         hidden: Int32,
-        clusters: Int32,
+        parts: Int32,
         stream,
     ):
         """Launch on `stream`.
@@ -74,13 +72,14 @@ class StreamKernel:
         Args:
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
             gathered, counts: of `backends/triton/plan.py`.
-            parts: workspace, float32 [CTAs, tokens, rows].
-            flags: int32 [CTAs], zero before a call.
+            sums: workspace, float32 [parts - 1, strips, tokens, rows].
+            flags: int32 [strips], zero before a call.
             out: [tokens, hidden].
-            clusters: of the launch, or CTAs where they do not form clusters.
+            parts: `stream_plan.parts`.
         """
-        self.kernel(w_data, w_scale, gathered, counts, parts, flags, out, tokens, hidden, clusters).launch(
-            grid=(clusters * self.config.cluster, 1, 1),
+        self.kernel(w_data, w_scale, gathered, counts, sums, flags, out, tokens, hidden, parts).launch(
+            # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
+            grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, parts, 1),
             block=(self.config.threads, 1, 1),
             cluster=(self.config.cluster, 1, 1) if self.config.cluster > 1 else None,
             smem=self.offset["end"],
@@ -92,7 +91,7 @@ class StreamKernel:
     @cute.kernel
     def kernel(
         self, w_data: cute.Pointer, w_scale: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer,
-        parts: cute.Pointer, flags: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, clusters: Int32,
+        sums: cute.Pointer, flags: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -116,25 +115,29 @@ class StreamKernel:
         cute.arch.sync_threads()
         used, groups, pairs, _ = ins.load4(smem + self.offset["totals"])
         if pairs * 4 <= tokens * config.experts:
-            # Clusters wait for those after them: those must be blocks that started before, or a GPU that is shared with
-            # others might never have room for them.
-            number = clusters - 1 - cute.arch.block_idx()[0] // config.cluster
-            work = Work(
-                # Prepared weights are padded to 128 rows, as many as the tallest cluster takes.
-                cute.ceil_div(hidden, config.rows * config.cluster), used * config.chunks, groups * config.chunks,
-                clusters, number, cute.arch.block_idx()[0] % config.cluster,
-            )  # fmt: skip
+            # The first part waits for the others: its blocks are the last to start, or a GPU that is shared with others might
+            # never have room for those.
+            strip, row, _ = cute.arch.block_idx()
+            part, items = parts - 1 - row, used * config.chunks
+            first, last = part * items // parts, (part + 1) * items // parts
             if warp < config.consumers:
-                self.consume(smem, barriers, parts, flags, out, tokens, hidden, work, warp, lane)
+                self.consume(smem, barriers, first, last, warp, lane)
             elif lane == 0:
                 if warp == config.consumers:
-                    self.fetch(smem, gathered, tokens, used, work)
+                    self.fetch(smem, gathered, tokens, first, last)
                 else:
-                    self.load(smem, barriers, w_data, w_scale, hidden, work)
+                    self.load(smem, barriers, first, last, w_data, w_scale, hidden)
+            cute.arch.sync_threads()
             # No CTA may leave while its peer still signals its barriers.
             if cutlass.const_expr(config.cluster > 1):
-                cute.arch.sync_warp()
                 cute.arch.cluster_arrive()
+            if part > 0:
+                self._leave(smem, sums, flags, tokens, part, strip, warp, lane)
+            else:
+                if parts > 1:
+                    self._add(smem, sums, flags, tokens, parts, strip, warp, lane)
+                self._store(smem, out, tokens, hidden, warp, lane)
+            if cutlass.const_expr(config.cluster > 1):
                 cute.arch.cluster_wait()
 
     def _barrier(self, barriers: cute.Pointer, kind: str, index) -> cute.Pointer:
@@ -156,7 +159,7 @@ class StreamKernel:
 
     @cute.jit
     def _list_experts(self, smem: Int32, counts: cute.Pointer, lane: Int32):
-        """The table of selected experts, (expert, tokens << 16; groups of the experts before), an empty entry, and totals."""
+        """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and totals."""
         experts = self.config.experts
         used, groups, pairs = Int32(0), Int32(0), Int32(0)
         # Eight loads and scans at a time overlap: one after the other they took 3 us (H200, 2026-11-23).
@@ -185,36 +188,35 @@ class StreamKernel:
                 pairs += total >> 16
         if lane == 0:
             ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
-            ins.store2(smem + self.offset["table"] + used * 8, (Int32(0), Int32(0)))
+            for beyond in range(2):
+                ins.store2(smem + self.offset["table"] + (used + beyond) * 8, (Int32(0), groups))
 
     @cute.jit
     def load(
-        self, smem: Int32, barriers: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer, hidden: Int32, work
-    ):
+        self, smem: Int32, barriers: cute.Pointer, first: Int32, last: Int32, w_data: cute.Pointer, w_scale: cute.Pointer,
+        hidden: Int32,
+    ):  # fmt: skip
         """One lane: the weights of item after item."""
         config = self.config
         data_bytes, scale_bytes = config.blocks * BLOCK_DATA, config.blocks * BLOCK_SCALES
         blocks = Int64(cute.ceil_div(hidden, 128) * 4)
-        data, scale, once = Int64(w_data.toint()), Int64(w_scale.toint()), Int64(ins.EVICT_FIRST)
-        tile, item, left = work.begin()
-        for number in cutlass.range(left, unroll=1):
-            stage, turn = number % config.stages, number // config.stages
+        strip = Int64(cute.arch.block_idx()[0] * config.blocks)
+        data, scale = Int64(w_data.toint()) + strip * BLOCK_DATA, Int64(w_scale.toint()) + strip * BLOCK_SCALES
+        for item in cutlass.range(first, last, unroll=1):
+            stage, turn = (item - first) % config.stages, (item - first) // config.stages
             expert = ins.load1(smem + self.offset["table"] + item // config.chunks * 8) & 0xFFFF
-            block = blocks * (expert * config.chunks + item % config.chunks) + (tile * config.cluster + work.rank) * config.blocks
+            chunk = blocks * (expert * config.chunks + item % config.chunks)
             if turn > 0:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
             full = self._barrier(barriers, "weights_full", stage)
             cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
-            target, barrier = smem + self.offset["weights"] + stage * config.stage_bytes, Int32(full.toint())
-            ins.copy_bulk(target, data + block * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
-            ins.copy_bulk(target + data_bytes, scale + block * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
-            item += 1
-            if item == work.items:
-                item = Int32(0)
-                tile += 1
+            target = smem + self.offset["weights"] + stage * config.stage_bytes
+            once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
+            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
+            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
 
     @cute.jit
-    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, used: Int32, work):
+    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32):
         """One lane: copy slot after slot of gathered activations, as many tokens as there are.
 
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
@@ -224,6 +226,7 @@ class StreamKernel:
         waited for this lane (H100, 2026-11-26).
         """
         config = self.config
+        rank = cute.arch.block_idx()[0] % config.cluster
         smem = ins.fixed(smem)
         table = smem + self.offset["table"]
         values = smem + self.offset["activations"]
@@ -232,9 +235,8 @@ class StreamKernel:
         step = Int64(config.chunks * SLOT_BYTES)
         expert_step = cute.ceil_div(tokens, 16) * (16 // GROUP) * step
         start = Int64(gathered.toint())
-        _, item, items = work.begin()
-        entry, chunk = item // config.chunks, item % config.chunks
-        packed, following = ins.load1(table + entry * 8), ins.load1(table + self.next(entry, used) * 8)
+        entry, chunk, items = first // config.chunks, first % config.chunks, last - first
+        packed, following = ins.load1(table + entry * 8), ins.load1(table + entry * 8 + 8)
         left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
         place, phase, free = Int32(0), Int32(1), Int32(1)
         while items > 0:
@@ -247,7 +249,7 @@ class StreamKernel:
             if place == config.slots:
                 place, phase = Int32(0), phase ^ 1
             free = ins.completed(empty + place * 8, phase)
-            if here % config.cluster == work.rank:
+            if here % config.cluster == rank:
                 ins.copy_bulk(values + here * SLOT_BYTES, source, size, full + here * 8, config.cluster)
             left -= GROUP
             source += step
@@ -257,77 +259,56 @@ class StreamKernel:
                 if chunk == config.chunks:
                     chunk = Int32(0)
                     packed = following
-                    entry = self.next(entry, used)
-                    following = ins.load1(table + self.next(entry, used) * 8)
+                    entry += 1
+                    following = ins.load1(table + entry * 8 + 8)
                 left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
 
     @cute.jit
-    def next(self, entry, used):
-        """The table's next entry, the first after the last."""
-        entry += 1
-        if entry >= used:
-            entry = Int32(0)
-        return entry
-
-    @cute.jit
-    def consume(self, smem: Int32, barriers, parts, flags, out, tokens: Int32, hidden: Int32, work, warp: Int32, lane: Int32):
+    def consume(self, smem: Int32, barriers: cute.Pointer, begin: Int32, end: Int32, warp: Int32, lane: Int32):
         """Every `phases`-th item: 32 rows of its weights times all of its tokens, added to the sums in order."""
         config = self.config
         block, phase = warp % config.blocks, warp // config.blocks
         before_me = (phase + config.phases - 1) % config.phases * config.blocks + block
         weights = smem + self.offset["weights"] + block * BLOCK_DATA + lane * 16
         scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
-        tile, first_item, left = work.begin()
-        # Numbers of items and slots count from the CTA's first; that of the tile's first would be:
-        number, offset = Int32(phase), -first_item
-        first_slot = -self._slots_before(smem, first_item)[0]
-        last_tile = work.tile_of_last()
-        for tile in cutlass.range(tile, last_tile + 1, unroll=1):
-            end = cutlass.min(offset + work.items, left)
-            for item in cutlass.range(number, end, config.phases, unroll=1):
-                before, members, groups = self._slots_before(smem, item - offset)
-                stage = item % config.stages
-                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)
-                source = weights + stage * config.stage_bytes
-                words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
-                scales = ins.load4(source + scale_offset)
-                cute.arch.sync_warp()
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
+        # Items and slots count from the CTA's first.
+        slots_before = self._slots_before(smem, begin)[0]
+        for item in cutlass.range(phase, end - begin, config.phases, unroll=1):
+            first_slot, members, groups = self._slots_before(smem, begin + item)
+            first_slot -= slots_before
+            stage = item % config.stages
+            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)
+            source = weights + stage * config.stage_bytes
+            words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
+            scales = ins.load4(source + scale_offset)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
 
-                if cutlass.const_expr(config.ordered):
-                    if item > 0:
-                        acquired = self._barrier(barriers, "acquired", before_me)
-                        cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)
-                for first in cutlass.range(0, groups, config.widths[-1], unroll=1):
-                    remaining = groups - first
-                    for width, narrower in zip(config.widths, (0, *config.widths)):
-                        if (remaining > narrower) & ((remaining <= width) | (width == config.widths[-1])):
-                            self._multiply(
-                                smem, barriers, width, words, scales, first_slot + before + first, remaining,
-                                members - first * GROUP, first, item, block, warp, before_me, lane,
-                            )  # fmt: skip
-                # Every lane for itself: compute-sanitizer's racecheck does not count `sync_warp` among what orders them,
-                # and one arrival for 32 is no faster (H100, 2026-11-25).
-                cute.arch.mbarrier_arrive(self._barrier(barriers, "turn", warp))
-                number += config.phases
-            self.barrier_of_consumers()
-            self.deliver(smem, parts, flags, out, tokens, hidden, work, tile, offset >= 0, warp, lane, tile < last_tile)
-            offset += work.items
-            first_slot += work.slots
+            if cutlass.const_expr(config.ordered):
+                if item > 0:
+                    acquired = self._barrier(barriers, "acquired", before_me)
+                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)
+            for first in cutlass.range(0, groups, config.widths[-1], unroll=1):
+                left = groups - first
+                for width, narrower in zip(config.widths, (0, *config.widths)):
+                    if (left > narrower) & ((left <= width) | (width == config.widths[-1])):
+                        self._multiply(
+                            smem, barriers, width, words, scales, first_slot + first, left, members - first * GROUP,
+                            first, item, block, warp, before_me, lane,
+                        )  # fmt: skip
+            # Every lane for itself: compute-sanitizer's racecheck does not count `sync_warp` among what orders them, and
+            # one arrival for 32 is no faster (H100, 2026-11-25).
+            cute.arch.mbarrier_arrive(self._barrier(barriers, "turn", warp))
 
-    @cute.jit
-    def _slots_before(self, smem, item):
-        """Of an item: slots of the items before it in a strip, tokens, slots."""
+    def _slots_before(self, smem: Int32, item: Int32) -> tuple:
+        """Of an item, or behind the last: slots of the items before it, its tokens, its slots."""
         chunks = self.config.chunks
         entry = item // chunks
         packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
         members = packed >> 16
         groups = (members + GROUP - 1) // GROUP
         return before * chunks + (item - entry * chunks) * groups, members, groups
-
-    def barrier_of_consumers(self) -> None:
-        cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.config.consumers)
 
     @cute.jit
     def _multiply(
@@ -399,92 +380,52 @@ class StreamKernel:
                 ins.store4_if(wanted, at, tuple(x + weights[i][j] * y for x, y in added))
 
     @cute.jit
-    def deliver(self, smem, parts, flags, out, tokens, hidden, work, tile, begun, warp, lane, again):
-        """A strip's sums, once all consumers are here: to the CTA with its first item, which adds and stores them.
-
-        Args:
-            begun: whether this is that CTA.
-            again: whether another strip follows.
-        """
-        config = self.config
-        zero = Float32(0.0)
-        sums = smem + self.offset["sums"]
-        size, threads = tokens * self.row_bytes, 32 * config.consumers
-        start, stride = (warp * 32 + lane) * 16, threads * 16
-        place = work.cluster * config.cluster + work.rank
-        if begun:
-            end = (tile + 1) * work.items
-            other = work.cluster + 1
-            while work.first(other) < end:
-                place += config.cluster
-                while ins.counted((flags + place).toint()) < config.consumers:
-                    pass
-                theirs = Int64(parts.toint()) + Int64(place) * size
-                for at in cutlass.range(start, size, 4 * stride, unroll=1):
-                    places = [(at + i * stride < size, at + i * stride) for i in range(4)]
-                    loaded = [ins.load_global4(theirs + at, wanted) for wanted, at in places]
-                    for values, (wanted, at) in zip(loaded, places):
-                        mine = ins.load4_if(wanted, sums + at, (zero, zero, zero, zero))
-                        ins.store4_if(wanted, sums + at, tuple(x + y for x, y in zip(mine, values)))
-                other += 1
-            self.barrier_of_consumers()
-            self._store(smem, out, tokens, hidden, tile * config.cluster + work.rank, warp, lane)
-            if again:
-                self.barrier_of_consumers()
-                for at in cutlass.range(start, size, stride):
-                    ins.store4(sums + at, (zero, zero, zero, zero))
-        else:
-            mine = Int64(parts.toint()) + Int64(place) * size
-            for at in cutlass.range(start, size, stride, unroll=4):
-                ins.store_global4(mine + at, ins.load4(sums + at, Float32))
-                ins.store4(sums + at, (zero, zero, zero, zero))
-            cute.arch.sync_warp()
-            if lane == 0:
-                ins.count_up((flags + place).toint())
-        if again:
-            self.barrier_of_consumers()
+    def _leave(self, smem, sums, flags, tokens, part, strip, warp, lane):
+        """The sums of a part that is not the first, to the CTA that has that."""
+        size, stride = tokens * self.row_bytes, self.config.threads * 16
+        target = self._part(sums, part - 1, strip, size)
+        for at in cutlass.range((warp * 32 + lane) * 16, size, stride, unroll=4):
+            ins.store_global4(target + at, ins.load4(smem + self.offset["sums"] + at, Float32))
+        cute.arch.sync_warp()
+        if lane == 0:
+            ins.count_up((flags + strip).toint())
 
     @cute.jit
-    def _store(self, smem: Int32, out: cute.Pointer, tokens: Int32, hidden: Int32, strip: Int32, warp: Int32, lane: Int32):
+    def _add(self, smem, sums, flags, tokens, parts, strip, warp, lane):
+        """The other parts' sums, in their order."""
+        size, stride = tokens * self.row_bytes, self.config.threads * 16
+        zero = Float32(0.0)
+        if warp == 0:
+            while ins.counted((flags + strip).toint()) < (parts - 1) * (self.config.threads // 32):
+                pass
+        cute.arch.sync_threads()
+        for other in cutlass.range(parts - 1, unroll=1):
+            source = self._part(sums, other, strip, size)
+            for first in cutlass.range((warp * 32 + lane) * 16, size, 4 * stride, unroll=1):
+                places = [(first + i * stride < size, first + i * stride) for i in range(4)]
+                theirs = [ins.load_global4(source + at, wanted) for wanted, at in places]
+                for values, (wanted, at) in zip(theirs, places):
+                    here = smem + self.offset["sums"] + at
+                    mine = ins.load4_if(wanted, here, (zero, zero, zero, zero))
+                    ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))
+        cute.arch.sync_threads()
+
+    def _part(self, sums, index, strip, size) -> Int64:
+        """Address of a part's sums of a strip."""
+        return Int64(sums.toint()) + Int64(index * cute.arch.grid_dim()[0] + strip) * size
+
+    @cute.jit
+    def _store(self, smem: Int32, out: cute.Pointer, tokens: Int32, hidden: Int32, warp: Int32, lane: Int32):
         """The sums, times 2^16, in the output's type: a warp writes one token's rows at a time."""
         config = self.config
         # Rows g, g + 8, g + 16 and g + 24 of a block lie side by side.
         piece = lane % 8 * 16
         word = ((lane // 16) * 2 + (lane // 8) % 2) * 4
-        for token in cutlass.range(warp, tokens, config.consumers, unroll=4):
+        for token in cutlass.range(warp, tokens, config.threads // 32, unroll=4):
             at = smem + self.offset["sums"] + token * self.row_bytes + (piece ^ ((token & 6) * 16)) + word
             for block in cutlass.range_constexpr(config.blocks):
-                column = strip * config.rows + block * BLOCK_ROWS + lane
+                column = cute.arch.block_idx()[0] * config.rows + block * BLOCK_ROWS + lane
                 value = ins.load1(at + block * 128, Float32) * 65536.0
                 if column < hidden:
                     target = cute.make_tensor(out + (Int64(token) * hidden + column), cute.make_layout(1))
                     target[0] = value.to(self.out_type)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A CTA's share: consecutive items of consecutive tiles, a tile being the strips of a cluster."""
-
-    tiles: Int32
-    items: Int32  # of every tile
-    slots: Int32  # of activations of a tile
-    clusters: Int32
-    cluster: Int32
-    rank: Int32  # of the CTA in its cluster
-
-    def first(self, cluster):
-        """First unit (item of a tile) of a cluster. Where no expert is used, each tile still is a unit, to be stored."""
-        units = self.tiles * cutlass.max(self.items, 1)
-        share = units // self.clusters
-        return cluster * share + cutlass.min(cluster, units - share * self.clusters)
-
-    def begin(self):
-        """(Tile, item of it, items) that the cluster begins with."""
-        first = self.first(self.cluster)
-        count = (self.first(self.cluster + 1) - first) * Int32(self.items > 0)
-        items = cutlass.max(self.items, 1)
-        return first // items, first % items, count
-
-    def tile_of_last(self):
-        """The last tile that the cluster works at; before the first where there is none."""
-        return (self.first(self.cluster + 1) - 1) // cutlass.max(self.items, 1)

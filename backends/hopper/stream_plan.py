@@ -12,14 +12,18 @@ SLOT_BYTES = LIST_BYTES + GROUP * TOKEN_BYTES
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
 SMEM_BYTES = 227 * 1024
-# Clusters that share a strip at most: the one that stores the result adds the others' sums one after the other.
+# Parts of a strip at most: the first adds the sums of the others one after the other.
 _MOST_PARTS = 8
 
 
-def clusters(hidden: int, config: StreamConfig, multiprocessors: int) -> int:
-    """Of a launch, or CTAs where they do not form clusters: all that run at once, and no more than pay."""
-    tiles = -(-hidden // (config.rows * config.cluster))
-    return min(multiprocessors // config.cluster, _MOST_PARTS * tiles)
+def parts(hidden: int, config: StreamConfig, multiprocessors: int) -> int:
+    """CTAs that divide the items of a strip, as many as run at once."""
+    return max(1, min(multiprocessors // strips(hidden, config), _MOST_PARTS))
+
+
+def strips(hidden: int, config: StreamConfig) -> int:
+    """Rounded up to whole clusters."""
+    return -(-hidden // (config.rows * config.cluster)) * config.cluster
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class StreamConfig:
             "sums": self.tokens * self.rows * 4,
             "barriers": 8 * self.barriers["end"],
             "totals": 16,
-            "table": (self.experts + 1) * 8,
+            "table": (self.experts + 2) * 8,
         }
         return _running(sizes)
 
