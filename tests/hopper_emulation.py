@@ -116,8 +116,8 @@ def image(a, columns: int) -> torch.Tensor:
 
 def dense(
     tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
-) -> torch.Tensor:
-    """out, poisoned before."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and the decoded activations, poisoned before."""
     (tokens, k), experts = a.shape, alpha.shape[1]
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)

@@ -22,8 +22,9 @@ from tests.emulator import EmulatorError
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
 CONFIG = StreamConfig(rows=64, phases=2, stages=2, slots=4, tokens=64, experts=40, chunks=1, out_dtype="float32")
-EXPECT = "            cute.arch.mbarrier_arrive_and_expect_tx(full, SLOT_BYTES + HEADER_BYTES)\n"
-MINE = "            if slot % config.cluster == rank:\n"
+EXPECT = "            ins.expect_bytes(full + place * 8, size)\n"
+MINE = "            if here % config.cluster == rank:\n"
+FREE = "            if free == 0:\n                ins.wait(empty + place * 8, phase)\n"
 TURN = "            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)\n"
 # The lanes of a warp run in step on the emulator, and kernels one after the other: a missing `sync_warp` before an arrival
 # or a missing `griddepcontrol_wait` cannot be found there.
@@ -37,15 +38,24 @@ MUTATIONS = {
         'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)',
         "pass",
     ),
-    "activations overwritten before they are read": (
-        'if turn > 0:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
-        'if turn > 99:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
+    "activations overwritten before they are read": (FREE, ""),
+    "a slot taken for free by the phase before": (
+        "free = ins.completed(empty + place * 8, phase)",
+        "free = ins.completed(empty + place * 8, phase ^ 1)",
     ),
     "slots awaited out of order": (
         "                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)\n",
         "                    pass\n",
     ),
-    "tokens' list not counted among the bytes": ("full, SLOT_BYTES + HEADER_BYTES)", "full, SLOT_BYTES)"),
+    "tokens' list not counted among the bytes": (
+        "ins.expect_bytes(full + place * 8, size)",
+        "ins.expect_bytes(full + place * 8, size - LIST_BYTES)",
+    ),
+    "one token too few of a full slot": ("cutlass.min(left, GROUP)", "cutlass.min(left, GROUP - 1)"),
+    "the expert after the next one fetched": (
+        "packed = following\n                    entry += 1",
+        "entry += 1\n                    packed = ins.load1(table + entry * 8 + 8)",
+    ),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
         "self._list_experts(smem, counts, lane)\n        cute.arch.sync_threads()\n",
@@ -60,19 +70,33 @@ CLUSTER_MUTATIONS = {
     "slots freed by one CTA's consumers": ("blocks * self.config.cluster,", "blocks,"),
     "slots released to the own CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = None"),
     "slots released to the first CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = lane * 0"),
-    "bytes expected before the slot is free": (
-        'if turn > 0:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
-        "if (turn > 0) & (slot % 2 == rank):\n"
-        '                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_empty"',
+    "bytes expected before the slot is free": (FREE, FREE.replace("free == 0", "(free == 0) & (place % 2 == rank)")),
+    "bytes expected by the copying CTA only": (EXPECT, MINE.replace("here", "place") + "    " + EXPECT),
+    "every slot copied by both CTAs": (MINE, "            if here >= 0:\n"),
+    "activations copied into one CTA": (
+        "source, size, full + here * 8, config.cluster)",
+        "source, size, full + here * 8)",
     ),
-    "bytes expected by the copying CTA only": (EXPECT + MINE, MINE + "    " + EXPECT),
-    "every slot copied by both CTAs": (MINE, "            if slot >= 0:\n"),
-    "activations copied into one CTA": ("Int32(SLOT_BYTES), barrier, config.cluster)", "Int32(SLOT_BYTES), barrier)"),
     "peer's barriers not awaited": (
         "            cute.arch.cluster_wait()\n        cute.arch.sync_threads()\n",
         "            pass\n        cute.arch.sync_threads()\n",
     ),
     "peer's last signals not awaited": ("                cute.arch.cluster_wait()\n", "                pass\n"),
+}
+# Of strips in several parts.
+PART_MUTATIONS = {
+    "other parts not awaited": (
+        "            while ins.counted((flags + strip)",
+        "            while ins.counted((flags + strip).toint()) < 0 * ins.counted((flags + strip)",
+    ),
+    "sums of one part too few": ("cutlass.range(parts - 1, unroll=1)", "cutlass.range(parts - 2, unroll=1)"),
+    "a part of another strip": ("index * cute.arch.grid_dim()[0] + strip", "index * cute.arch.grid_dim()[0]"),
+    "parts that share an item": ("first, last = part * items // parts,", "first, last = (part * items - 1) // parts,"),
+    "slots of the parts before counted": ("            first_slot -= slots_before\n", ""),
+    "result stored before all is added": (
+        "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n        cute.arch.sync_threads()\n",
+        "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n",
+    ),
 }
 
 
@@ -99,6 +123,16 @@ DENSE_MUTATIONS = {
         "self.tile.data_bytes)",
     ),
     "activations copied into one CTA": ("half, barrier, policy, CLUSTER)", "half, barrier, policy)"),
+    "activations not awaited": (
+        "while ins.counted((ready + chunk).toint()) * TASK_TOKENS < columns:\n                    pass",
+        "pass",
+    ),
+    "activations not fenced for copies": ("                ins.fence_async()\n", ""),
+    "decoded tokens announced before they are": (
+        "                decode_task(",
+        "                if lane == 0:\n                    ins.count_up((ready + chunk).toint())\n                decode_task(",
+    ),
+    "a task taken twice": ("            task = following\n", "            task = following & ~1\n"),
     "others' sums not awaited": ("while ins.counted(flag) < others:\n                    pass", "pass"),
     "sums of one other cluster too few": ("cutlass.range(others, unroll=1)", "cutlass.range(others - 1, unroll=1)"),
     "the same other sums twice": ("                    theirs += warps * size * 4\n", ""),
@@ -125,8 +159,9 @@ def alpha() -> torch.Tensor:
 SCHEDULES = (("lazy", 0), ("eager", 0), *(("random", seed) for seed in range(4)))
 
 
-def streaming(schedule: str, seed: int, cluster: int = 1) -> None:
-    emulation.run(replace(CONFIG, cluster=cluster), 60, 100, alpha(), schedule=schedule, emulator_seed=seed)
+def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> None:
+    config = replace(CONFIG, cluster=cluster)
+    emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed, parts=parts)
 
 
 def multiplying(schedule: str, seed: int) -> None:
@@ -136,7 +171,7 @@ def multiplying(schedule: str, seed: int) -> None:
         a, b = make_operands(m, n, experts * inner, 1)
         weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
         tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
-        out = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
+        out, _ = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
         assert_meets_bar(out, *reference(a, b, weights))
 
 
@@ -161,12 +196,12 @@ def plant(monkeypatch, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS])
+@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS])
 def test_fault_of_the_streaming_kernel_is_reported(fault, plant) -> None:
-    plant(stream, "StreamKernel", StreamConfig, *{**MUTATIONS, **CLUSTER_MUTATIONS}[fault])
+    plant(stream, "StreamKernel", StreamConfig, *{**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS}[fault])
     with pytest.raises((EmulatorError, AssertionError)):
         for schedule, seed in SCHEDULES:
-            streaming(schedule, seed, cluster=1 if fault in MUTATIONS else 2)
+            streaming(schedule, seed, 2 if fault in CLUSTER_MUTATIONS else 1, 2 if fault in PART_MUTATIONS else 1)
 
 
 @pytest.mark.full
@@ -179,7 +214,9 @@ def test_fault_of_the_dense_kernel_is_reported(fault, plant) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("call", [streaming, functools.partial(streaming, cluster=2), multiplying])
+@pytest.mark.parametrize(
+    "call", [streaming, functools.partial(streaming, cluster=2), functools.partial(streaming, parts=2), multiplying]
+)
 def test_the_same_calls_without_a_fault(call) -> None:
     for schedule, seed in SCHEDULES:
         call(schedule, seed)

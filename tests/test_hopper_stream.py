@@ -1,4 +1,5 @@
 """The streaming kernel for SM 9.0 on the emulator: race checks on, and the elementwise float64 bar."""
+
 from __future__ import annotations
 
 import re
@@ -12,7 +13,7 @@ pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
 from backends.cute import resources
-from backends.hopper import compiler
+from backends.hopper import compiler, stream_plan
 from backends.hopper.stream_plan import SMEM_BYTES, StreamConfig
 from backends.hopper.tactic import HopperTactic, stream_config, tactics
 from backends.problem import Fc2Problem
@@ -53,10 +54,36 @@ def test_quarter_of_alpha(config, m, n, schedule) -> None:
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", ["zero", "one_hot", "one_expert"])
-def test_alpha_forms(kind, cluster) -> None:
-    """One expert for 64 tokens takes twice as many slots as there are."""
-    emulation.run(replace(SMALL, experts=6, cluster=cluster), 64, 96, kind, schedule="lazy")
+def test_alpha_forms(kind, parts, cluster) -> None:
+    """One expert for 64 tokens takes twice as many slots as there are, and leaves two of three parts without an item."""
+    emulation.run(replace(SMALL, experts=6, cluster=cluster), 64, 96, kind, parts=parts, schedule="lazy")
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
+@pytest.mark.parametrize(
+    ("config", "m", "n", "parts"),
+    [
+        (replace(SMALL, out_dtype="float32"), 64, 72, 2),
+        (replace(SMALL, experts=9, chunks=2), 21, 64, 4),  # parts begin inside an expert
+        (replace(SMALL, rows=32, phases=3, stages=4, slots=5, experts=9, chunks=2, cluster=2), 40, 64, 3),
+    ],
+)
+def test_strips_in_parts(config, m, n, parts, schedule) -> None:
+    """At most four blocks or clusters: the emulator starts them in any order, four at a time."""
+    alpha = quarter(m, config.experts, torch.Generator().manual_seed(m))
+    emulation.run(config, m, n, alpha, seed=m, schedule=schedule, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows", "cluster", "expected"),
+    [(7168, 64, 1, 1), (2048, 64, 1, 4), (2048, 64, 2, 4), (2880, 64, 2, 2), (64, 32, 1, 8)],
+)
+def test_as_many_parts_as_run_at_once(hidden, rows, cluster, expected) -> None:
+    config = replace(SMALL, rows=rows, cluster=cluster)
+    assert stream_plan.parts(hidden, config, 132) == expected
+    assert stream_plan.strips(hidden, config) * rows >= hidden and stream_plan.strips(hidden, config) % cluster == 0
 
 
 def test_one_expert_of_many_tokens() -> None:
@@ -78,7 +105,8 @@ def test_schedules_agree_bit_for_bit() -> None:
     alpha = quarter(48, 12, torch.Generator().manual_seed(5))
     runs = [("eager", 0), ("lazy", 0), *(("random", seed) for seed in range(6))]
     first, *others = (
-        emulation.run(config, 48, 80, alpha, seed=3, schedule=schedule, emulator_seed=seed)[0] for schedule, seed in runs
+        emulation.run(config, 48, 80, alpha, seed=3, schedule=schedule, emulator_seed=seed)[0]
+        for schedule, seed in runs
     )
     assert all(torch.equal(first, other) for other in others)
 

@@ -22,7 +22,7 @@ class HopperBackend(layout.ReadsFragments):
 
     A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
     (`dense.py`); both are launched, and the one whose turn it is not returns at once, so that alpha never travels to the
-    host. Small kernels list the tokens of each expert and gather or decode the activations first.
+    host. Small kernels list the tokens of each expert and gather the activations first.
     """
 
     name = "hopper"

@@ -5,6 +5,7 @@ Shared addresses are 32-bit integers.
 Weights and activations are decoded to float16 holding 2^-8 of the value: a product is 2^-16 of the true one, exactly.
 `backends/triton/layout.py` gives the arrangement of the bits, `backends/triton/fragments.py` the order of K.
 """
+
 from __future__ import annotations
 
 import cutlass
@@ -22,7 +23,15 @@ _CONSTRAINTS = {Float32: "f", Int32: "r", Int64: "l", Boolean: "b"}
 
 @dsl_user_op
 def ptx(
-    code: str, outputs: tuple, inputs: tuple, tied: int = 0, *, effects: bool = True, memory: bool = False, loc=None, ip=None
+    code: str,
+    outputs: tuple,
+    inputs: tuple,
+    tied: int = 0,
+    *,
+    effects: bool = True,
+    memory: bool = False,
+    loc=None,
+    ip=None,
 ) -> tuple:
     """Run PTX text. $0, $1, ... are the outputs, then the inputs; the last `tied` inputs share the registers of the first
     outputs, for instructions that change a value in place.
@@ -39,7 +48,9 @@ def ptx(
     free = len(inputs) - tied
     # Early clobber: a text of several instructions may write an output before it has read all inputs.
     constraints = [("=" if i < tied else "=&") + _CONSTRAINTS[t] for i, t in enumerate(outputs)]
-    constraints += [_CONSTRAINTS[type(x)] for x in inputs[:free]] + [str(i) for i in range(tied)] + ["~{memory}"] * memory
+    constraints += (
+        [_CONSTRAINTS[type(x)] for x in inputs[:free]] + [str(i) for i in range(tied)] + ["~{memory}"] * memory
+    )
     values = [x.ir_value(loc=loc, ip=ip) for x in inputs]
     kinds = [t.mlir_type for t in outputs]
     kind = kinds[0] if len(kinds) == 1 else llvm.StructType.get_literal(kinds) if kinds else None

@@ -1,4 +1,5 @@
 """The launches of one pass on SM 9.0. Scratch memory comes from torch's allocator."""
+
 from __future__ import annotations
 
 from typing import Callable

@@ -13,6 +13,7 @@ the items of each, and the one with the first adds the sums of the others. Three
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
 """
+
 from __future__ import annotations
 
 import cutlass
@@ -323,9 +324,7 @@ class StreamKernel:
             place = (slot + i) % config.slots
             places.append(place)
             if i < left:
-                cute.arch.mbarrier_wait(
-                    self._barrier(barriers, "slot_full", place), ((slot + i) // config.slots) & 1
-                )
+                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", place), ((slot + i) // config.slots) & 1)
         if cutlass.const_expr(config.ordered):
             if left <= width:
                 if lane == 0:

@@ -1,4 +1,5 @@
 """What the streaming kernel is compiled for, and how it divides shared memory; pure values."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

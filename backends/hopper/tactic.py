@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from backends.hopper.dense_plan import DenseKernelTile, kernel_tile
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
@@ -110,14 +110,14 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
 
 
 def default_tactic(problem: Fc2Problem) -> HopperTactic:
-    """64 rows a CTA, or 32 where that would leave half of a chip's 132 multiprocessors without work.
+    """What was best for top-8 of 128 or 256 experts (H100 and H200, 2026-11-26).
 
-    The rest was best for top-8 of 256 experts on an H200 (2026-11-23): more items in work at once where few tokens make
-    an item short, fewer where their activations need the shared memory.
+    32 rows a CTA where few rows and few tokens leave items too small for 64; more items in work at once where few tokens
+    make an item short, fewer where their sums need the shared memory.
     """
-    if problem.n <= 66 * 64:
+    if problem.n <= 66 * 64 and problem.m <= 64:
         return HopperTactic(rows=32, phases=8)
-    return HopperTactic(phases=7, slots=14) if problem.m <= 128 else HopperTactic(phases=5)
+    return HopperTactic(phases=7, slots=14, cluster=2) if problem.m <= 192 else HopperTactic(phases=5)
 
 
 def tactics(problem: Fc2Problem) -> list[HopperTactic]:
@@ -127,13 +127,9 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
         base,
         HopperTactic(),
         HopperTactic(64, 5, 12),
+        HopperTactic(64, 5, 12, 2),
         HopperTactic(64, 7, 14),
+        HopperTactic(64, 7, 14, 2),
         HopperTactic(32, 8, 12),
-        HopperTactic(32, 8, 8),
     ]
-    # Sharing activations pays where a strip reads many of them for its weights (H100, 2026-11-25: 0 to 5%).
-    if problem.m >= 32:
-        grid.append(HopperTactic(64, 7, 14, 2))
-    if problem.m >= 192:
-        grid += [replace(base, cluster=2), HopperTactic(64, 4, 14, 2)]
     return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
