@@ -113,7 +113,7 @@ DENSE_MUTATIONS = {
         "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
     ),
     "activations overwritten before they are read": (
-        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
+        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
         "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
     ),
     "stages freed by one CTA": ("ring.empty + i, CLUSTER * tile.warps", "ring.empty + i, tile.warps"),
@@ -139,8 +139,11 @@ DENSE_MUTATIONS = {
     "peer's barriers not awaited": ("experts)\n        cute.arch.cluster_wait()\n", "experts)\n"),
     "a turn's operand made while it may be in use": ("wgmma.wait(1)", "pass"),
     "alpha of the wrong expert": ("(chunk // expert_chunks)", "chunk"),
-    "columns past the last stored": (" & (row + i // 2 * 8 < hidden)", ""),
-    "tokens past the last stored": ("(token + (8 * j + i % 2) < tokens) & ", ""),
+    "columns past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "token + 8 * j < tokens"),
+    "tokens past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "row < hidden"),
+    "columns past the last stored one by one": (" & (row + i // 2 * 8 < hidden)", ""),
+    "tokens past the last stored one by one": ("(token + (8 * j + i % 2) < tokens) & ", ""),
+    "rows of two neighbours exchanged": ("ins.select(odd, low, high)", "ins.select(odd, high, low)"),
     "peer's last signals not awaited": (
         "its barriers.\n            cute.arch.cluster_arrive()\n            cute.arch.cluster_wait()\n",
         "its barriers.\n",
@@ -166,8 +169,8 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
 
 def multiplying(schedule: str, seed: int) -> None:
     """More chunks than the ring has stages, tiles shared by two clusters and by three, experts of two chunks, tokens and
-    rows that do not fill their tiles."""
-    for m, n, experts, inner, clusters in ((13, 1100, 7, 256, 2), (13, 500, 3, 512, 3)):
+    rows that do not fill their tiles, results stored in whole sectors and one by one."""
+    for m, n, experts, inner, clusters in ((13, 1100, 7, 256, 2), (13, 502, 3, 512, 3)):
         a, b = make_operands(m, n, experts * inner, 1)
         weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
         tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
