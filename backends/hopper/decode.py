@@ -54,6 +54,7 @@ def _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled: bool) ->
 
 
 def _decode(line, row, half, mine, scale) -> None:
+    """Four words of a token's 64 values, of which the neighbouring lane has the others, to the token's line of `acts`."""
     other = [cute.arch.shuffle_sync_bfly(word, 1) for word in mine]
     swap = 0 - half
     low = [(x & ~swap) | (y & swap) for x, y in zip(mine, other)]
