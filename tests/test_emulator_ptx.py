@@ -137,6 +137,31 @@ finished:""" + STORE,
         )
         assert out.tolist() == [1600 + (t ^ 1) + (1000 if t == 0 else 0) for t in range(32)]
 
+    def test_transposed_matrix(self) -> None:
+        """Lane 4r + i gives values 2i and 2i + 1 of row r, here 8r + 2i and the next, and takes them of column r."""
+        out = ints(32)
+        run(
+            """
+    mov.u32 %r2, %tid.x;
+    mul.lo.u32 %r2, %r2, 131074;
+    add.u32 %r2, %r2, 65536;
+    movmatrix.sync.aligned.m8n8.trans.b16 %r1, %r2;""" + STORE,
+            out,
+        )
+        assert out.tolist() == [(t // 4 + 8 * (2 * (t % 4) + 1)) << 16 | t // 4 + 16 * (t % 4) for t in range(32)]
+
+    def test_a_predicated_prefetch_does_nothing(self) -> None:
+        out = ints(32)
+        run(
+            """
+    mov.u32 %r1, %tid.x;
+    setp.lt.u32 %p0, %r1, 10;
+    ld.param.u64 %d2, [out];
+    @%p0 prefetch.global.L2 [%d2];""" + STORE,
+            out,
+        )
+        assert out.tolist() == list(range(32))
+
     def test_unknown_opcode_and_modifier_name_the_line(self) -> None:
         for text in (
             "frobnicate.b32 %r0, %r1;",
