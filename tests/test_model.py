@@ -27,15 +27,21 @@ TABLES = sorted(path.stem for path in store.SHIPPED.glob("*.json"))
 # mean error of the predicted times). B200: 8 problems of one shape with 2 or 3 tactics each, all published;
 # 0.0%, 0.0% and 2.5% on 2026-11-23. So few rows show that the model orders these tactics, not that it would
 # order others.
-# Both tables of 2026-11-26 have five shapes, 34 problems with a choice. H200: 248 times; 1.9%, 18.8% and 10.3%: the worst
-# is gpt-oss on plain weights at M = 128, whose fastest tactic was not among those tried at 64 and 256. H100: 217 times; 3.3%,
-# 46% and 8.4%: the worst is Mixtral at M = 256, which lacks 64 and 128 and so is held out to a guess from 32.
+# H200 and H100, 2026-11-26: 248 and 217 times of five shapes, 34 problems with a choice each; without those below, 1.4%,
+# 12.4% and 10.3%, and 1.2%, 12.7% and 8.4%.
 BOUNDS = {
     "NVIDIA-B200": (0.01, 0.03, 0.04),
-    "NVIDIA-H200": (0.02, 0.19, 0.25),
-    "NVIDIA-H100-80GB-HBM3": (0.04, 0.47, 0.25),
+    "NVIDIA-H200": (0.02, 0.13, 0.25),
+    "NVIDIA-H100-80GB-HBM3": (0.02, 0.13, 0.25),
 }
 DEFAULT_BOUND = (0.03, 0.10, 0.25)
+# What the tables do not tell once these rows are held out: (M, N, K) and the regret that is known. Plain weights at
+# M = 128, whose best tactic was not tried at 64 and 256; on the H100 the largest M of two shapes, one of which
+# (K = 14336) was not measured at 64 and 128.
+KNOWN = {
+    "NVIDIA-H200": {(128, 2880, 92160): 0.19},
+    "NVIDIA-H100-80GB-HBM3": {(128, 2880, 92160): 0.19, (256, 4096, 14336): 0.47, (256, 4096, 98304): 0.23},
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -46,8 +52,17 @@ def test_leave_one_out_regret_of_shipped_tables(name):
     print(calibrate.summary(results))
     assert len(choices) >= 8
     geomean, worst, error = BOUNDS.get(name, DEFAULT_BOUND)
-    assert geomean_regret(choices) <= geomean
-    assert max(r.regret for r in choices) <= worst
+    known = KNOWN.get(name, {})
+    others = []
+    for result in choices:
+        bound = known.get((result.problem.m, result.problem.n, result.problem.k))
+        if bound is None:
+            others.append(result)
+        else:
+            assert result.regret <= bound
+    assert len(others) == len(choices) - len(known)
+    assert geomean_regret(others) <= geomean
+    assert max(r.regret for r in others) <= worst
     errors = [abs(math.log1p(e)) for r in results for e in r.errors.values()]
     assert math.expm1(sum(errors) / len(errors)) <= error
 
