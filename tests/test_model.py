@@ -36,8 +36,8 @@ BOUNDS = {
 }
 DEFAULT_BOUND = (0.03, 0.10, 0.25)
 # What the tables do not tell once these rows are held out: (M, N, K) and the regret that is known. Plain weights at
-# M = 128, whose best tactic was not tried at 64 and 256; on the H100 the largest M of two shapes, one of which
-# (K = 14336) was not measured at 64 and 128.
+# M = 128, between M that do not show its best tactic; on the H100 the largest M of two shapes, one of which (K = 14336)
+# was not measured at 64 and 128.
 KNOWN = {
     "NVIDIA-H200": {(128, 2880, 92160): 0.19},
     "NVIDIA-H100-80GB-HBM3": {(128, 2880, 92160): 0.19, (256, 4096, 14336): 0.47, (256, 4096, 98304): 0.23},
