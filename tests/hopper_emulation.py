@@ -1,4 +1,5 @@
 """Runs the kernels of the Hopper backend on the emulator."""
+
 from __future__ import annotations
 
 import functools
@@ -10,7 +11,7 @@ from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
 from backends.hopper.dense_plan import DenseTiling
-from backends.hopper.stream_plan import StreamConfig, strips
+from backends.hopper.stream_plan import GATHER_COUNTERS, StreamConfig, strips
 from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
 from backends.triton import layout
@@ -36,67 +37,69 @@ def launch(config: KernelConfig, buffers: dict[str, torch.Tensor], integers, **o
 
 
 def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """counts, token_of and weight_of as `backends.triton.plan.list_tokens` makes them; unwritten parts are poisoned."""
+    """counts, token_of and weight_of as `backends.hopper.lists` makes them; what it does not write is poisoned."""
     m, experts = alpha.shape
     width = -(-m // 16) * 16
     token_of = torch.full((experts, width), 1 << 30, dtype=torch.int32)
     weight_of = torch.full((experts, width), float("nan"))
-    counts = torch.zeros(experts, dtype=torch.int32)
+    counts = torch.full((-(-experts // 8) * 8,), 1 << 30, dtype=torch.int32)
     for e in range(experts):
         tokens = alpha[:, e].nonzero().flatten()
         counts[e] = len(tokens)
-        token_of[e, : -(-len(tokens) // 16) * 16] = -1
         token_of[e, : len(tokens)] = tokens.int()
         weight_of[e, : len(tokens)] = alpha[tokens, e]
     return counts, token_of, weight_of
 
 
-def gathered(
-    a, counts: torch.Tensor, token_of: torch.Tensor, weight_of: torch.Tensor, experts: int
-) -> torch.Tensor:
-    """Slots as `backends.triton.plan.gather_tokens` makes them; what it does not write is NaN."""
-    width, k = token_of.shape[1], a.shape[1]
-    values = (a.dequantize().double() / 256).half()
-    out = torch.full((experts, width, k // experts), float("nan"), dtype=torch.float16)
+def slots(a, alpha: torch.Tensor) -> torch.Tensor:
+    """Slots as `backends.hopper.gather` makes them, int32 [experts, eights of tokens, chunks, 1040]; -7 where it writes none."""
+    (tokens, k), experts = a.shape, alpha.shape[1]
+    eights, chunks = -(-tokens // 16) * 2, k // experts // 256
+    values = (a.dequantize().double() / 256).half().view(tokens, experts, chunks, 4, 4, 2, 8)  # ... q t w value
+    pairs = values[..., [0, 4, 1, 5, 2, 6, 3, 7]].permute(0, 1, 2, 3, 5, 4, 6).contiguous().view(torch.int32)
+    pieces = pairs.view(tokens, experts, chunks, 8, 16)  # piece 2q + w, word
+    out = torch.full((experts, eights, chunks, 1040), -7, dtype=torch.int32)
     for e in range(experts):
-        tokens = token_of[e, : counts[e]].long()
-        out[e, : len(tokens)] = values[tokens, e * (k // experts) : (e + 1) * (k // experts)]
-    # 16 values of a lane: 8w + {0, 4, 1, 5}, then 8w + {2, 6, 3, 7}, of its word w.
-    pieces = out.view(experts, width // 8, 8, k // experts // 256, 4, 4, 2, 8)  # e eight token chunk q t w value
-    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-    values = pieces[..., order].permute(0, 1, 3, 4, 6, 2, 5, 7).contiguous()
-    chunks = k // experts // 256
-    slots = torch.full((experts, width // 8, chunks, 1040), -1, dtype=torch.int32)
-    pieces = values.view(torch.int32).view(experts, width // 8, chunks, 8, 8, 16)  # ... piece token word
-    for token in range(8):
-        for piece in range(8):
-            first = 16 + token * 128 + (piece ^ token) * 16
-            slots[..., first : first + 16] = pieces[..., piece, token, :]
-    used = (torch.arange(width) < counts[:, None]).view(experts, width // 8, 1, 8)
-    slots[..., :8] = torch.where(used, token_of.view(experts, width // 8, 1, 8), -1)
-    weights = torch.where(used, weight_of.view(experts, width // 8, 1, 8), 0.0)
-    slots[..., 8:16] = weights.view(torch.int32)
-    return slots
+        chosen = alpha[:, e].nonzero().flatten()
+        for i, token in enumerate(chosen.tolist()):
+            slot = out[e, i // 8]
+            if i % 8 == 0:
+                slot[:, :8], slot[:, 8:16] = -1, 0
+            slot[:, i % 8] = token
+            slot[:, 8 + i % 8] = alpha[token, e].view(torch.int32)
+            for piece in range(8):
+                first = 16 + i % 8 * 128 + (piece ^ i % 8) * 16
+                slot[:, first : first + 16] = pieces[token, e, :, piece]
+    return out
 
 
 def run(
-    config: StreamConfig, m: int, n: int, alpha: torch.Tensor | str, seed: int = 0, emulator_seed: int = 0,
-    parts: int = 1, **options,
+    config: StreamConfig,
+    m: int,
+    n: int,
+    alpha: torch.Tensor | str,
+    seed: int = 0,
+    emulator_seed: int = 0,
+    parts: int = 1,
+    **options,
 ) -> tuple[torch.Tensor, Report]:
     """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
     k = config.experts * config.chunks * 256
     if isinstance(alpha, str):
         alpha = make_alpha(alpha, m, config.experts, torch.Generator().manual_seed(seed + 1))
-    a, b = make_operands(m, n, k, seed)
+    a, b = make_operands(m, n, k, seed, layout="128x4" if config.a_swizzled else "linear")
     prepared = layout.prepare(b)
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
+    expected = slots(a, alpha)
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        w_data=prepared.data, w_scale=prepared.scale, gathered=gathered(a, counts, token_of, weight_of, config.experts),
-        counts=counts, sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
-        flags=torch.zeros(strips(n, config), dtype=torch.int32), out=out,
+        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=torch.full_like(expected, -7),
+        counts=counts, token_of=token_of, weight_of=weight_of,
+        sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
+        counters=torch.zeros(GATHER_COUNTERS + strips(n, config), dtype=torch.int32), out=out,
     )  # fmt: skip
     report = launch(config, tensors, (m, n, parts), seed=emulator_seed, **options)
+    assert torch.equal(tensors["gathered"], expected)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report
 
@@ -114,6 +117,21 @@ def image(a, columns: int) -> torch.Tensor:
     return image
 
 
+def beginning(tiling: DenseTiling, a) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decoded activations, poisoned where they are not yet, and counters as `backends.hopper.lists` leaves them."""
+    decoded = image(a, tiling.columns)
+    acts = torch.full_like(decoded, float("nan"))
+    counters = torch.zeros(tiling.counters, dtype=torch.int32)
+    for place in range(tiling.ahead):
+        step, stretch = divmod(place, tiling.walks)
+        chunk = tiling.bound(stretch) + step
+        if chunk < (tiling.bound(stretch + 1) if stretch + 1 < tiling.walks else tiling.chunks):
+            acts[4 * chunk : 4 * chunk + 4] = decoded[4 * chunk : 4 * chunk + 4]
+            counters[chunk] = tiling.columns // 8
+    counters[tiling.chunks] = tiling.ahead * (tiling.columns // 8)
+    return acts, counters
+
+
 def dense(
     tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,12 +140,13 @@ def dense(
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)
     alpha_t[:, :tokens] = alpha.T
+    acts, counters = beginning(tiling, a)
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
         a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
-        counts=(alpha != 0).sum(0).int(), acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
-        parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
-        counters=torch.zeros(tiling.counters, dtype=torch.int32), out=out,
+        counts=(alpha != 0).sum(0).int(), acts=acts, parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
+        counters=counters, out=out,
     )  # fmt: skip
-    launch(tiling.kernel, buffers, tiling.integers(tokens, hidden, experts), **options)
+    integers = (tokens, hidden, experts, tiling.chunks // experts, *tiling.work)
+    launch(tiling.kernel, buffers, integers, **options)
     return out, buffers["acts"]

@@ -13,22 +13,24 @@ from backends.cute import cache
 from backends.cute.launcher import HOST_TARGETS, SYMBOL, Launcher
 from backends.hopper.dense import DenseKernel
 from backends.hopper.dense_plan import DenseKernelTile
+from backends.hopper.lists import ListKernel
 from backends.hopper.stream import StreamKernel
 from backends.hopper.stream_plan import StreamConfig
-from backends.hopper.tactic import KernelConfig
+from backends.hopper.tactic import KernelConfig, ListConfig
 
 ARCH = "sm_90a"
 _SOURCES = tuple(
     Path(__file__).parent / name
     for name in (
-        "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "wgmma.py", "instructions.py", "compiler.py",
+        "lists.py", "gather.py", "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "work.py",
+        "wgmma.py", "instructions.py", "compiler.py",
     )
 )  # fmt: skip
 #: The kernel that each kind of configuration selects.
-KERNELS = {StreamConfig: StreamKernel, DenseKernelTile: DenseKernel}
+KERNELS = {ListConfig: ListKernel, StreamConfig: StreamKernel, DenseKernelTile: DenseKernel}
 
 
-def kernel_of(config: KernelConfig) -> StreamKernel | DenseKernel:
+def kernel_of(config: KernelConfig) -> ListKernel | StreamKernel | DenseKernel:
     return KERNELS[type(config)](config)
 
 

@@ -1,4 +1,4 @@
-"""Activations of a dense call, decoded for the dense kernel of SM 9.0.
+"""Activations of a dense call, decoded for the dense kernel of SM 9.0, `TASK_TOKENS` of a chunk at a time.
 
 They become float16, 2^-8 of the values, laid out as the warpgroup instruction reads them in shared memory:
 [K/64, columns, 8, 4] words, the eight 16-byte units of a token's 64 values, unit u at place u ^ (token % 8) (128-byte
@@ -14,17 +14,16 @@ from cutlass import Int32, Int64
 from backends.hopper import instructions as ins
 from backends.hopper.dense_plan import CHUNK
 
-#: Tokens of a task: two turns of a warp, eight lanes each.
-TASK_TOKENS = 8
-
 
 def decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, chunks, a_swizzled: bool) -> None:
-    """A chunk of the tokens from `first` on, by a warp.
+    """A chunk of the tokens from `first` on, by a warp: two turns of eight lanes a token.
 
     Lane 2q + s of a token reads half s of quarter q of the chunk, and makes the pairs s and s + 2 of it all: two
     neighbours then store the two halves of one 32-byte sector.
     """
-    half, quarter, rows = _lane_part(first, chunk)
+    lane = cute.arch.lane_idx()
+    half, quarter = lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2
+    rows = [first + lane // 8, first + lane // 8 + 4]
     loaded = []
     for row in rows:
         words, scales = _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled)
@@ -33,24 +32,10 @@ def decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, chunks, a_
         _decode(acts.toint() + (quarter.to(Int64) * columns + row) * 128, row, half, words, scale)
 
 
-def prefetch_task(a_data, a_scale, first, tokens, chunk, chunks, a_swizzled: bool) -> None:
-    """What `decode_task` will read, into the L2."""
-    half, quarter, rows = _lane_part(first, chunk)
-    for row in rows:
-        for address in _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled):
-            ins.prefetch_if((row < tokens) & (chunk < chunks), address)
-
-
-def _lane_part(first, chunk) -> tuple:
-    """Half and quarter of the chunk, and rows."""
-    lane = cute.arch.lane_idx()
-    return lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2, [first + lane // 8, first + lane // 8 + 4]
-
-
 def _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled: bool) -> tuple[Int64, Int64]:
     """Of four words of a token, and of the four scale factors of 64 values."""
     words = a_data + (row.to(Int64) * (chunks * (CHUNK // 8)) + (quarter * 8 + half * 4))
-    return Int64(words.toint()), Int64((a_scale + _scale_offset(row, quarter, chunks, a_swizzled)).toint())
+    return Int64(words.toint()), Int64((a_scale + scale_offset(row, quarter, chunks, a_swizzled)).toint())
 
 
 def _decode(line, row, half, mine, scale) -> None:
@@ -68,8 +53,8 @@ def _decode(line, row, half, mine, scale) -> None:
             ins.store_global4(Int64(line + (unit ^ (row & 7)) * 16), [pair[i] for pair in pairs])
 
 
-def _scale_offset(row: Int32, quarter: Int32, chunks: Int32, swizzled: bool) -> Int64:
-    """Where the four scale factors of a token's 64 values are."""
+def scale_offset(row: Int32, quarter: Int32, chunks: Int32, swizzled: bool) -> Int64:
+    """Where the four scale factors of 64 values of a token are, `quarter` counted over all of K."""
     if swizzled:
         return (row // 128 * (chunks * 4) + quarter).to(Int64) * 512 + (row % 32 * 16 + row % 128 // 32 * 4)
     return row.to(Int64) * (chunks * 16) + quarter * 4

@@ -22,9 +22,10 @@ from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
-from backends.hopper.decode import TASK_TOKENS, decode_task, prefetch_task
-from backends.hopper.dense_plan import CLUSTER, DenseKernelTile, Shares
+from backends.hopper.decode import decode_task
+from backends.hopper.dense_plan import CLUSTER, TASK_TOKENS, DenseKernelTile
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
+from backends.hopper.work import Work
 
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
 #: Bytes of half a chunk of a block of prepared weights.
@@ -42,7 +43,7 @@ class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 13
+    INTEGERS = 16
 
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
@@ -73,7 +74,6 @@ class DenseKernel:
         hidden: cutlass.Int32,
         experts: cutlass.Int32,
         expert_chunks: cutlass.Int32,
-        columns: cutlass.Int32,
         row_tiles: cutlass.Int32,
         chunks: cutlass.Int32,
         clusters: cutlass.Int32,
@@ -82,6 +82,10 @@ class DenseKernel:
         aligned: cutlass.Int32,
         cost: cutlass.Int32,
         slots: cutlass.Int32,
+        columns: cutlass.Int32,
+        walks: cutlass.Int32,
+        steps: cutlass.Int32,
+        ahead: cutlass.Int32,
         stream,
     ):
         """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
@@ -91,14 +95,17 @@ class DenseKernel:
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
-            acts: workspace, the decoded activations, as in `decode`.
-            parts, counters: workspaces, `DenseTiling.parts_floats` and `DenseTiling.counters`.
+            acts: the decoded activations, as in `decode`; so far the first of the order in which chunks are needed.
+            parts: workspace, `DenseTiling.parts_floats`.
+            counters: `DenseTiling.counters`, as `lists.ListKernel` leaves them.
             out: [tokens, hidden].
-            others: `DenseTiling.integers`.
+            expert_chunks: chunks of an expert.
+            others: `DenseTiling.work`.
         """
         self.kernel(
             a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, parts, counters, out, tokens, hidden, experts,
-            expert_chunks, columns, Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots),
+            expert_chunks,
+            Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps, ahead),
         ).launch(
             grid=(CLUSTER, clusters, 1),
             block=(_GROUP_THREADS * (self.tile.groups + 1), 1, 1),
@@ -113,11 +120,11 @@ class DenseKernel:
         self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
         alpha_t: cute.Pointer, counts: cute.Pointer, acts: cute.Pointer, parts: cute.Pointer, counters: cute.Pointer,
         out: cute.Pointer, tokens: cutlass.Int32, hidden: cutlass.Int32, experts: cutlass.Int32,
-        expert_chunks: cutlass.Int32, columns: cutlass.Int32, work: Work,
+        expert_chunks: cutlass.Int32, work: Work,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         tile = self.tile
-        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         rank, number, _ = cute.arch.block_idx()
         smem = SmemAllocator()
         ring = Ring(
@@ -126,41 +133,37 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
-        if warp == 0:
-            with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(tile.stages):
-                    cute.arch.mbarrier_init(ring.full + i, 2)
-                    cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
-            cute.arch.mbarrier_init_fence()
-        cute.arch.cluster_arrive()
-        copy_registers, registers = _REGISTERS[tile.groups]
-        ready, taken, flags = counters, counters + work.chunks, counters + work.chunks + 1
-        if (warp == 2) | (warp == 3):
-            # Probably the warp's first task: into the L2, before the weights ask for the memory's whole rate.
-            chunk, _, first = self.task(4 * number + 2 * rank + warp - 2, columns, work)
-            prefetch_task(a_data, a_scale, first, tokens, chunk, work.chunks, tile.a_swizzled)
-        cute.arch.griddepcontrol_wait()
-        task = cutlass.Int32(0)
-        if (warp == 2) | (warp == 3):
-            task = ins.take(taken.toint(), lane)  # on its way while the counts are read
+        # The counts are there: this kernel is launched once every block of the streaming kernel has found the listing kernel
+        # complete. So in a routed call all clusters but one come and leave while that kernel still runs.
         dense = ins.is_dense(counts, tokens, experts)
-        cute.arch.cluster_wait()
+        if (number == 0) & ~dense:
+            cute.arch.griddepcontrol_wait()
         if dense:
+            if warp == 0:
+                with cute.arch.elect_one():
+                    for i in cutlass.range_constexpr(tile.stages):
+                        cute.arch.mbarrier_init(ring.full + i, 2)
+                        cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
+                cute.arch.mbarrier_init_fence()
+            cute.arch.cluster_arrive()
+            copy_registers, registers = _REGISTERS[tile.groups]
+            ready, taken, flags = counters, counters + work.chunks, counters + work.chunks + 1
             # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
             # shared with others might never have room for them.
             cluster = work.clusters - 1 - number
+            cute.arch.cluster_wait()
             if warp < 4:
                 cute.arch.setmaxregister_decrease(copy_registers)
                 if warp == 0:
                     with cute.arch.elect_one():
-                        self.copy_weights(
-                            ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster
-                        )
+                        self.copy_weights(ring, w_data, w_scale, alpha_t, hidden, expert_chunks, work, rank, cluster)
                 if warp == 1:
                     with cute.arch.elect_one():
-                        self.copy_activations(ring, acts, ready, columns, work, rank, cluster)
+                        self.copy_activations(ring, acts, ready, work, rank, cluster)
                 if warp >= 2:
-                    self.decode_activations(task, a_data, a_scale, acts, ready, taken, tokens, columns, work)
+                    self.decode_activations(a_data, a_scale, acts, ready, taken, tokens, work)
+                    # What follows in the stream must find the streaming kernel complete, too.
+                    cute.arch.griddepcontrol_wait()
             else:
                 cute.arch.setmaxregister_increase(registers)
                 self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)
@@ -169,7 +172,7 @@ class DenseKernel:
             cute.arch.cluster_wait()
 
     @cute.jit
-    def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, columns, work, rank, cluster):
+    def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, work, rank, cluster):
         """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second."""
         once, again = cutlass.Int64(ins.EVICT_FIRST), cutlass.Int64(ins.EVICT_LAST)
         data, scales, alphas = w_data.toint(), w_scale.toint(), alpha_t.toint()
@@ -197,7 +200,7 @@ class DenseKernel:
                             source = scales + block * BLOCK_SCALES
                             self.copy(aside + near * BLOCK_SCALES, source, 4 * BLOCK_SCALES, barrier, once)
                     if cutlass.const_expr(half == 1):
-                        source = alphas + ((chunk // expert_chunks) * columns + column).to(cutlass.Int64) * 4
+                        source = alphas + ((chunk // expert_chunks) * work.columns + column).to(cutlass.Int64) * 4
                         self.copy(aside, source, aside_bytes, barrier, again)
                     stage, phase = self.after(stage, phase)
 
@@ -205,7 +208,7 @@ class DenseKernel:
         ins.copy_bulk(target, cutlass.Int64(source), cutlass.Int32(size), cutlass.Int32(barrier), ctas, policy)
 
     @cute.jit
-    def copy_activations(self, ring, acts, ready, columns, work, rank, cluster):
+    def copy_activations(self, ring, acts, ready, work, rank, cluster):
         """One thread: this CTA's half of every slice of activations, into both CTAs, once its chunk is decoded."""
         policy = cutlass.Int64(ins.EVICT_LAST)
         half = self.slice_bytes // CLUSTER
@@ -214,7 +217,7 @@ class DenseKernel:
             tile, first, last = work.segment(cluster, segment)
             column = tile // work.row_tiles * self.tile.tokens + rank * (self.tile.tokens // CLUSTER)
             for chunk in cutlass.range(first, last, unroll=1):
-                while ins.counted((ready + chunk).toint()) * TASK_TOKENS < columns:
+                while ins.counted((ready + chunk).toint()) * TASK_TOKENS < work.columns:
                     pass
                 ins.fence_async()
                 for near in cutlass.range_constexpr(2):
@@ -224,34 +227,30 @@ class DenseKernel:
                     for i in cutlass.range_constexpr(2):
                         target = ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half
                         slice_ = (chunk * _SLICES + 2 * near + i).to(cutlass.Int64)
-                        source = acts.toint() + (slice_ * columns + column) * _SLICE_BYTES
+                        source = acts.toint() + (slice_ * work.columns + column) * _SLICE_BYTES
                         self.copy(target, source, half, barrier, policy, CLUSTER)
                     stage, phase = self.after(stage, phase)
 
     @cute.jit
-    def decode_activations(self, task, a_data, a_scale, acts, ready, taken, tokens, columns, work):
+    def decode_activations(self, a_data, a_scale, acts, ready, taken, tokens, work):
         """One of the warps of all CTAs that take tasks, a chunk of a few tokens each, until none is left.
 
         Tasks are taken in order, never assigned: they get done however many CTAs a shared GPU has room for at once.
         """
         lane = cute.arch.lane_idx()
-        walks, steps = work.walks()
-        tasks = walks * steps * (columns // TASK_TOKENS)
+        tasks = work.walks * work.steps * (work.columns // TASK_TOKENS)
+        task = ins.take(taken.toint(), lane)
         while task < tasks:
             following = ins.take(taken.toint(), lane)  # on its way while this one is done
-            chunk, needed, first = self.task(task, columns, work)
+            chunk, needed, first = work.task(task)
             if needed:
-                decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, work.chunks, self.tile.a_swizzled)
+                decode_task(
+                    a_data, a_scale, acts, first, tokens, work.columns, chunk, work.chunks, self.tile.a_swizzled
+                )
                 cute.arch.sync_warp()
                 if lane == 0:
                     ins.count_up((ready + chunk).toint())
             task = following
-
-    def task(self, number, columns, work) -> tuple:
-        """(Chunk, whether there is one, first token) of a task."""
-        blocks = columns // TASK_TOKENS
-        chunk, needed = work.demanded(number // blocks)
-        return chunk, needed, number % blocks * TASK_TOKENS
 
     @cute.jit
     def multiply(self, ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp):
@@ -444,86 +443,3 @@ class Ring:
     weights: cutlass.Int32
     full: cute.Pointer
     empty: cute.Pointer
-
-
-@dataclass(frozen=True)
-class Work(Shares):
-    """What each cluster computes, on the device."""
-
-    slots: cutlass.Int32
-
-    @cute.jit
-    def length(self, cluster):
-        """Chunks of the cluster."""
-        other = cluster - self.aligned * self.streamed
-        first, end = self.share(other)
-        if other < 0:
-            part = cluster // self.streamed
-            first, end = self.bound(part), self.bound(part + 1)
-        return self.full * self.chunks + end - first
-
-    @cute.jit
-    def segments(self, cluster):
-        """Tiles that the cluster works at."""
-        other = cluster - self.aligned * self.streamed
-        count = self.full + 1
-        if other >= 0:
-            first, end = self.share(other)
-            count = self.full + (end + self.rest - 1) // self.rest - first // self.rest
-        return count
-
-    @cute.jit
-    def segment(self, cluster, index):
-        """(tile, first chunk, end) of one of them."""
-        other = cluster - self.aligned * self.streamed
-        tile, low, high = cluster + index * self.clusters, cutlass.Int32(0), self.chunks
-        if index >= self.full:
-            if other < 0:
-                tile = self.full * self.clusters + cluster % self.streamed
-                low, high = self.bound(cluster // self.streamed), self.bound(cluster // self.streamed + 1)
-            else:
-                first, end = self.share(other)
-                index -= self.full
-                if self.aligned > 0:
-                    # The rest of the first tile comes last: all others begin in step with each other.
-                    index = (index + 1) % (self.segments(cluster) - self.full)
-                tile = first // self.rest + index
-                low = self.bound(self.aligned) + cutlass.max(first - tile * self.rest, 0)
-                high = self.bound(self.aligned) + cutlass.min(end - tile * self.rest, self.rest)
-                tile += self.full * self.clusters
-        return tile, low, high
-
-    @cute.jit
-    def contributors(self, shared):
-        """Clusters that have chunks of a streamed tile."""
-        count = self.aligned
-        if self.rest > 0:
-            count += self.owner((shared + 1) * self.rest - 1) - self.owner(shared * self.rest) + 1
-        return count
-
-    @cute.jit
-    def place(self, cluster, shared):
-        """The cluster's place among them, in the order of K."""
-        other = cluster - self.aligned * self.streamed
-        place = cluster // self.streamed
-        if other >= 0:
-            place = self.aligned + other - self.owner(shared * self.rest)
-        return place
-
-    @cute.jit
-    def walks(self):
-        """(Stretches of K that clusters begin at the same time, chunks of the longest of them)."""
-        walks, steps = self.aligned + 1, self.bound(1) + 1
-        if (self.full > 0) | (self.aligned == 0):
-            walks, steps = cutlass.Int32(1), self.chunks
-        return walks, steps
-
-    @cute.jit
-    def demanded(self, place):
-        """(Chunk, whether there is one) at a place of the order in which chunks are needed: stretch by stretch in turns."""
-        walks, _ = self.walks()
-        stretch = place % walks
-        chunk, end = self.bound(stretch) + place // walks, self.chunks
-        if stretch + 1 < walks:
-            end = self.bound(stretch + 1)
-        return chunk, chunk < end

@@ -18,6 +18,13 @@ CLUSTER = 2
 _SHARED_BYTES = 226 * 1024
 # Four chunks in flight; narrow tiles would leave room for more.
 _MAX_STAGES = 8
+#: Tokens of a chunk that a warp decodes at a time.
+TASK_TOKENS = 8
+# Chunks of each stretch of K that are decoded before the dense kernel starts: its own warps need 5 us for their first
+# (H200, 2026-11-26), and then keep ahead.
+_AHEAD = 4
+# Tasks of that at most, about as many warps as run at once.
+_AHEAD_TASKS = 1024
 # Widest token tile. At 192, which registers would still hold, shared memory has only three stages: M = 384 took 670 us, in
 # tiles of 128 506 (H100, 2026-11-25).
 _WIDEST = 176
@@ -132,6 +139,21 @@ class DenseTiling(Shares):
         """Tokens, rounded up to whole tiles."""
         return self.token_tiles * self.kernel.tokens
 
+    @property
+    def walks(self) -> int:
+        """Stretches of K that clusters begin at the same time."""
+        return 1 if self.full or not self.aligned else self.aligned + 1
+
+    @property
+    def steps(self) -> int:
+        """Chunks of the longest of them."""
+        return self.chunks if self.walks == 1 else self.bound(1) + 1
+
+    @property
+    def ahead(self) -> int:
+        """Places of the order in which chunks are needed that the listing kernel decodes."""
+        return min(self.walks * min(self.steps, _AHEAD), _AHEAD_TASKS * TASK_TOKENS // self.columns)
+
     @functools.cached_property
     def slots(self) -> int:
         """Most clusters that the one with a tile's first chunk waits for."""
@@ -157,11 +179,12 @@ class DenseTiling(Shares):
         CTA of the cluster, warp]."""
         return self.chunks + 1 + self.streamed * CLUSTER * self.kernel.warps
 
-    def integers(self, tokens: int, hidden: int, experts: int) -> tuple[int, ...]:
-        """The kernel's run-time integers, in the order of `DenseKernel.__call__`."""
+    @functools.cached_property
+    def work(self) -> tuple[int, ...]:
+        """The integers of `work.Work`."""
         return (
-            tokens, hidden, experts, self.chunks // experts, self.columns, self.row_tiles, self.chunks, self.clusters,
-            self.full, self.streamed, self.aligned, self.cost, self.slots,
+            self.row_tiles, self.chunks, self.clusters, self.full, self.streamed, self.aligned, self.cost, self.slots,
+            self.columns, self.walks, self.steps, self.ahead,
         )  # fmt: skip
 
 

@@ -85,8 +85,8 @@ def load1(address: Int32, dtype: type = Int32):
     return ptx("ld.shared.b32 $0, [$1];", (dtype,), (address,))[0]
 
 
-def store2(address: Int32, values: tuple) -> None:
-    ptx("st.shared.v2.b32 [$0], {$1, $2};", (), (address, *values))
+def store2_if(wanted: Boolean, address: Int32, values: tuple) -> None:
+    ptx("@$0 st.shared.v2.b32 [$1], {$2, $3};", (), (wanted, address, *values))
 
 
 def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
@@ -109,16 +109,23 @@ def load_global1_if(wanted: Boolean, address: Int64) -> Int32:
     return ptx("@$1 ld.global.nc.b32 $0, [$2];", (Int32,), (wanted, address, Int32(0)), tied=1)[0]
 
 
-def load_global4(address: Int64, wanted: Boolean | bool = True) -> tuple:
-    """Four float32 of memory that another CTA may have written, or zeros."""
-    old = (Float32(0.0),) * 4
-    text = "@$4 ld.global.v4.f32 {$0, $1, $2, $3}, [$5];"
-    return ptx(text, (Float32,) * 4, (Boolean(wanted), address, *old), tied=4, memory=True)
+def load_global4(address: Int64, wanted: Boolean | bool = True, dtype: type = Float32) -> tuple:
+    """Four words of memory that another CTA may have written, or zeros."""
+    text = "@$4 ld.global.v4.b32 {$0, $1, $2, $3}, [$5];"
+    return ptx(text, (dtype,) * 4, (Boolean(wanted), address, *(dtype(0),) * 4), tied=4, memory=True)
 
 
-def prefetch_if(wanted: Boolean, address: Int64) -> None:
-    """The line of an address into the L2."""
-    ptx("@$0 prefetch.global.L2 [$1];", (), (wanted, address))
+def load_fresh_if(wanted: Boolean, address: Int64, old: Int32) -> Int32:
+    """A word that an earlier kernel may have written while this one was already launched, where `wanted`, else `old`."""
+    return ptx("@$1 ld.relaxed.gpu.global.b32 $0, [$2];", (Int32,), (wanted, address, old), tied=1)[0]
+
+
+def store_global1_if(wanted: Boolean, address: Int64, value: Int32) -> None:
+    ptx("@$0 st.global.b32 [$1], $2;", (), (Boolean(wanted), address, value), memory=True)
+
+
+def store_global4_if(wanted: Boolean, address: Int64, values: tuple) -> None:
+    ptx("@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values), memory=True)
 
 
 def store_global4(address: Int64, values: tuple) -> None:
@@ -167,10 +174,10 @@ def counted(address: Int64) -> Int32:
     return ptx("ld.acquire.gpu.global.s32 $0, [$1];", (Int32,), (address,), memory=True)[0]
 
 
-def take(address: Int64, lane: Int32) -> Int32:
-    """Adds one to a counter for the whole warp; what it was before."""
+def take(address: Int64, lane: Int32, tasks: int = 1) -> Int32:
+    """Adds so many to a counter for the whole warp; what it was before."""
     (old,) = ptx(
-        "{ .reg .pred p; setp.eq.s32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.s32 $0, [$1], 1; }",
+        f"{{ .reg .pred p; setp.eq.s32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.s32 $0, [$1], {tasks}; }}",
         (Int32,), (address, lane), memory=True,
     )  # fmt: skip
     return cute.arch.shuffle_sync(old, 0)
@@ -186,7 +193,7 @@ def is_dense(counts: cute.Pointer, tokens: Int32, experts: Int32) -> Boolean:
     """Whether a call is the dense kernel's, asked by a whole warp: where more than a quarter of alpha is nonzero."""
     pairs = Int32(0)
     for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
-        pairs += cute.arch.load(counts + e, Int32)
+        pairs += load_fresh_if(Boolean(True), Int64((counts + e).toint()), Int32(0))
     return cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts
 
 
@@ -198,6 +205,15 @@ def split_e4m3(word: Int32) -> tuple:
         cvt.rn.f16x2.e4m3x2 y, h; mul.f16x2 y, y, c; prmt.b32 $2, y, y, 0x1010; prmt.b32 $3, y, y, 0x3232; }""",
         (Int32,) * 4, (word,),
     )  # fmt: skip
+
+
+def expand_e4m3(word: Int32) -> Int32:
+    """64 times the e4m3 value in the lowest byte, twice as float16."""
+    return ptx(
+        """{ .reg .b16 l, h; .reg .b32 x, c; mov.b32 {l, h}, $1; mov.b32 c, 0x54005400;
+        cvt.rn.f16x2.e4m3x2 x, l; mul.f16x2 x, x, c; prmt.b32 $0, x, x, 0x1010; }""",
+        (Int32,), (word,),
+    )[0]  # fmt: skip
 
 
 def decode_pairs(word: Int32, factor: Int32) -> tuple:

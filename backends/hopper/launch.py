@@ -9,10 +9,10 @@ import torch
 from backends.device import DeviceInfo
 from backends.hopper import stream_plan
 from backends.hopper.dense_plan import CHUNK, CLUSTER, dense_tiling
-from backends.hopper.stream_plan import GROUP, SLOT_BYTES, StreamConfig
+from backends.hopper.stream_plan import GATHER_COUNTERS, GROUP, SLOT_BYTES, StreamConfig
+from backends.hopper.tactic import ListConfig
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
-from backends.triton.plan import gather_tokens, list_tokens
 
 
 def run(
@@ -25,50 +25,44 @@ def run(
     alpha: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Enqueue one pass: list, gather, stream, multiply. Each kernel is launched while the one before it
-    runs (programmatic dependent launch) and waits for it before it touches memory.
+    """Enqueue one pass: list, stream, multiply. Each kernel is launched while the one before it runs (programmatic
+    dependent launch); what each of them waits for is said in the kernels.
 
     Args:
         problem: of the whole call; a_data, a_scale, alpha and out are the pass's rows.
         launcher: the compiled kernel of a configuration.
     """
-    tokens, experts, inner = out.shape[0], problem.experts, problem.intermediate
+    tokens, experts = out.shape[0], problem.experts
     device = out.device
-    swizzled = problem.a_layout == "128x4"
-    padded = 1 << (experts - 1).bit_length()
     wide = round_up(tokens, 16)
     multiprocessors = DeviceInfo.of(device).sm_count
-    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype, swizzled, multiprocessors // CLUSTER)
-    counts = torch.empty(experts, dtype=torch.int32, device=device)
+    tiling = dense_tiling(tokens, problem.n, problem.k, config.out_dtype, config.a_swizzled, multiprocessors // CLUSTER)
+    counts = torch.empty(round_up(experts, 8), dtype=torch.int32, device=device)
     token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
     alpha_t = torch.empty((experts, tiling.columns), dtype=torch.float32, device=device)
-    # Decoded activations, of the routed form or of the dense one: a call uses only one of them.
+    # Decoded activations, of the routed form or of the dense one: a call uses only one of them in the end.
     slots = wide // GROUP * problem.k // CHUNK
     acts = torch.empty(max(slots * SLOT_BYTES, tiling.acts_bytes) // 4, dtype=torch.int32, device=device)
     # Part sums, the same.
     strips, parts = stream_plan.strips(problem.n, config), stream_plan.parts(problem.n, config, multiprocessors)
     floats = max((parts - 1) * strips * tokens * config.rows, tiling.parts_floats)
     sums = torch.empty(floats, dtype=torch.float32, device=device)
-    counters = torch.empty(strips + tiling.counters, dtype=torch.int32, device=device)
-    words = a_data.view(torch.int32)
+    before = GATHER_COUNTERS + strips
+    counters = torch.empty(before + tiling.counters, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
 
-    list_tokens[(experts,)](
-        alpha, counts, token_of, weight_of, alpha_t, counters, tokens, tiling.columns, counters.numel(),
-        EXPERTS=experts, BLOCK=max(128, 1 << (config.tokens - 1).bit_length()), OVERLAP=True, num_warps=4, launch_pdl=True,
-    )  # fmt: skip
-    gather_tokens[(experts, min(4, -(-tokens // 8)))](
-        words, a_scale, counts, token_of, weight_of, acts, tokens,
-        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=swizzled, ROWS=8, LISTED=True, HAS_DENSE=True,
-        OVERLAP=True, num_warps=4, launch_pdl=True,
+    operands = a_data.data_ptr(), a_scale.data_ptr()
+    weights = b.data.data_ptr(), b.scale.data_ptr()
+    launcher(ListConfig(config.a_swizzled))(
+        alpha.data_ptr(), *operands, counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), alpha_t.data_ptr(),
+        acts.data_ptr(), counters.data_ptr(), tokens, experts, before, counters.numel(), *tiling.work, stream,
     )  # fmt: skip
     launcher(config)(
-        b.data.data_ptr(), b.scale.data_ptr(), acts.data_ptr(), counts.data_ptr(), sums.data_ptr(), counters.data_ptr(),
-        out.data_ptr(), tokens, problem.n, parts, stream,
+        *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), sums.data_ptr(),
+        counters.data_ptr(), out.data_ptr(), tokens, problem.n, parts, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
-        words.data_ptr(), a_scale.data_ptr(), b.data.data_ptr(), b.scale.data_ptr(), alpha_t.data_ptr(), counts.data_ptr(),
-        acts.data_ptr(), sums.data_ptr(), counters[strips:].data_ptr(), out.data_ptr(),
-        *tiling.integers(tokens, problem.n, experts), stream,
+        *operands, *weights, alpha_t.data_ptr(), counts.data_ptr(), acts.data_ptr(), sums.data_ptr(),
+        counters[before:].data_ptr(), out.data_ptr(), tokens, problem.n, experts, tiling.chunks // experts, *tiling.work, stream,
     )  # fmt: skip

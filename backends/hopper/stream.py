@@ -6,6 +6,8 @@ A CTA owns 32 or 64 rows of B, a strip. It walks the items, an expert's 256 valu
 float32 sums of all tokens in shared memory. Where there are fewer strips than multiprocessors, several CTAs take a part of
 the items of each, and the one with the first adds the sums of the others. Three roles:
 
+- every CTA first takes its share of gathering the activations, spread over all consumers of the launch; meanwhile the first
+  weights are on their way;
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
   slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
@@ -21,10 +23,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 
 from backends.hopper import instructions as ins
+from backends.hopper.gather import gather_slot
 from backends.hopper.stream_plan import (
     BLOCK_DATA,
     BLOCK_ROWS,
     BLOCK_SCALES,
+    GATHER_COUNTERS,
     GROUP,
     LIST_BYTES,
     SLOT_BYTES,
@@ -49,19 +53,23 @@ class StreamKernel:
         self.row_bytes = config.rows * 4
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
-            (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Int32, 4), (Float32, 16),
-            (Int32, 4), (self.out_type, 2),
+            (Int32, 16), (cutlass.Uint8, 4), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (Int32, 16),
+            (Int32, 4), (Int32, 4), (Float32, 16), (Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
     def __call__(
         self,
+        a_data: cute.Pointer,
+        a_scale: cute.Pointer,
         w_data: cute.Pointer,
         w_scale: cute.Pointer,
         gathered: cute.Pointer,
         counts: cute.Pointer,
+        token_of: cute.Pointer,
+        weight_of: cute.Pointer,
         sums: cute.Pointer,
-        flags: cute.Pointer,
+        counters: cute.Pointer,
         out: cute.Pointer,
         tokens: Int32,
         hidden: Int32,
@@ -71,14 +79,18 @@ class StreamKernel:
         """Launch on `stream`.
 
         Args:
+            a_data: [tokens, K/8] words.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
-            gathered, counts: of `backends/triton/plan.py`.
+            gathered: workspace, slots (`gather`) [E, eights of tokens, I / 256].
+            counts, token_of, weight_of: of `lists.ListKernel`; `counts` may be read up to a multiple of 8.
             sums: workspace, float32 [parts - 1, strips, tokens, rows].
-            flags: int32 [strips], zero before a call.
+            counters: int32 [GATHER_COUNTERS + strips], zero before a call.
             out: [tokens, hidden].
             parts: `stream_plan.parts`.
         """
-        self.kernel(w_data, w_scale, gathered, counts, sums, flags, out, tokens, hidden, parts).launch(
+        self.kernel(
+            a_data, a_scale, w_data, w_scale, gathered, counts, token_of, weight_of, sums, counters, out, tokens, hidden, parts
+        ).launch(
             # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
             grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, parts, 1),
             block=(self.config.threads, 1, 1),
@@ -87,12 +99,13 @@ class StreamKernel:
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
-        )
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
-        self, w_data: cute.Pointer, w_scale: cute.Pointer, gathered: cute.Pointer, counts: cute.Pointer,
-        sums: cute.Pointer, flags: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32,
+        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
+        gathered: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer, sums: cute.Pointer,
+        counters: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -106,25 +119,35 @@ class StreamKernel:
         zero = Float32(0.0)
         for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
-        cute.arch.griddepcontrol_launch_dependents()
+        # In this order, for the next kernel's sake: it reads the counts as soon as it starts.
         cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.sync_threads()
         if warp == 0:
-            self._list_experts(smem, counts, lane)
+            self._list_experts(smem, counts, counters, lane)
         cute.arch.sync_threads()
-        used, groups, pairs, _ = ins.load4(smem + self.offset["totals"])
+        used, groups, pairs, task = ins.load4(smem + self.offset["totals"])
         if pairs * 4 <= tokens * config.experts:
             # The first part waits for the others: its blocks are the last to start, or a GPU that is shared with others might
             # never have room for those.
             strip, row, _ = cute.arch.block_idx()
             part, items = parts - 1 - row, used * config.chunks
             first, last = part * items // parts, (part + 1) * items // parts
+            flags = counters + GATHER_COUNTERS
             if warp < config.consumers:
+                self.gather(
+                    smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, groups * config.chunks,
+                    task + warp, lane,
+                )  # fmt: skip
                 self.consume(smem, barriers, first, last, warp, lane)
             elif lane == 0:
                 if warp == config.consumers:
+                    # All slots are soon there, and asking for each would hold up the copies.
+                    while ins.counted((counters + 1).toint()) < groups * config.chunks:
+                        pass
+                    ins.fence_async()
                     self.fetch(smem, gathered, tokens, first, last)
                 else:
                     self.load(smem, barriers, first, last, w_data, w_scale, hidden)
@@ -159,38 +182,74 @@ class StreamKernel:
             cute.arch.cluster_arrive_relaxed()
 
     @cute.jit
-    def _list_experts(self, smem: Int32, counts: cute.Pointer, lane: Int32):
-        """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and totals."""
+    def _list_experts(self, smem: Int32, counts: cute.Pointer, counters: cute.Pointer, lane: Int32):
+        """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and
+        totals, with the first of as many tasks of gathering as there are consumers."""
         experts = self.config.experts
+        table = smem + self.offset["table"]
+        task = ins.take(counters.toint(), lane, self.config.consumers)
         used, groups, pairs = Int32(0), Int32(0), Int32(0)
-        # Eight loads and scans at a time overlap: one after the other they took 3 us (H200, 2026-11-23).
         for first in cutlass.range(0, experts, 8 * 32, unroll=1):
+            mine = first + lane * 8
             loaded = []
-            for i in cutlass.range_constexpr(8):
-                expert = first + 32 * i + lane
-                count = cute.arch.load(counts + cutlass.min(expert, experts - 1), Int32)
-                loaded.append((expert, count * Int32(expert < experts)))
-            for i in cutlass.range_constexpr(8):
-                expert, count = loaded[i]
-                # Both sums of 32 experts in one scan: at most 512 tokens each.
-                own = (count << 16) | ((count + GROUP - 1) // GROUP)
-                scan = own
-                for distance in (1, 2, 4, 8, 16):
-                    below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
-                    scan += below * Int32(lane >= distance)
-                ballot = cute.arch.vote_ballot_sync(count > 0)
-                if count > 0:
-                    entry = used + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
-                    before = groups + ((scan - own) & 0xFFFF)
-                    ins.store2(smem + self.offset["table"] + entry * 8, (expert | (count << 16), before))
-                used += cute.arch.popc(ballot)
-                total = cute.arch.shuffle_sync(scan, 31)
-                groups += total & 0xFFFF
-                pairs += total >> 16
+            for i in (0, 4):
+                loaded += ins.load_global4(Int64((counts + (mine + i)).toint()), mine + i < experts, Int32)
+            listed = [count * Int32(mine + i < experts) for i, count in enumerate(loaded)]
+            # Selected experts and their groups in one scan: at most 256, and 64 each.
+            own = Int32(0)
+            for count in listed:
+                pairs += count
+                own += (Int32(count > 0) << 16) + (count + GROUP - 1) // GROUP
+            scan = own
+            for distance in (1, 2, 4, 8, 16):
+                below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
+                scan += below * Int32(lane >= distance)
+            entry, before = used + (scan - own >> 16), groups + (scan - own & 0xFFFF)
+            for i, count in enumerate(listed):
+                ins.store2_if(count > 0, table + entry * 8, (mine + i | (count << 16), before))
+                entry += Int32(count > 0)
+                before += (count + GROUP - 1) // GROUP
+            total = cute.arch.shuffle_sync(scan, 31)
+            used += total >> 16
+            groups += total & 0xFFFF
+        pairs = cute.arch.warp_redux_sync(pairs, "add")
+        ins.store2_if(lane < 2, table + (used + lane) * 8, (Int32(0), groups))
         if lane == 0:
-            ins.store4(smem + self.offset["totals"], (used, groups, pairs, Int32(0)))
-            for beyond in range(2):
-                ins.store2(smem + self.offset["table"] + (used + beyond) * 8, (Int32(0), groups))
+            ins.store4(smem + self.offset["totals"], (used, groups, pairs, task))
+
+    @cute.jit
+    def gather(
+        self, smem: Int32, a_data: cute.Pointer, a_scale: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer,
+        gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32, used: Int32, tasks: Int32, task: Int32, lane: Int32,
+    ):  # fmt: skip
+        """A consumer warp: slot after slot of activations, until no CTA has one left.
+
+        Slots are taken, never assigned: they get done however many CTAs a shared GPU has room for at once.
+        """
+        config = self.config
+        wide = cute.ceil_div(tokens, 16) * 16
+        while task < tasks:
+            following = ins.take(counters.toint(), lane)  # on its way while this one is done
+            group, chunk = task // config.chunks, task % config.chunks
+            entry, beyond = Int32(0), used
+            while beyond - entry > 1:
+                middle = (entry + beyond) // 2
+                if ins.load1(smem + self.offset["table"] + middle * 8 + 4) <= group:
+                    entry = middle
+                else:
+                    beyond = middle
+            packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
+            expert, first = packed & 0xFFFF, (group - before) * GROUP
+            row = expert * wide + first
+            slot = Int64(gathered.toint()) + (Int64(row // GROUP) * config.chunks + chunk) * SLOT_BYTES
+            gather_slot(
+                a_data, a_scale, token_of, weight_of, slot, row, (packed >> 16) - first, expert * config.chunks + chunk,
+                config.experts * config.chunks, config.a_swizzled,
+            )  # fmt: skip
+            cute.arch.sync_warp()
+            if lane == 0:
+                ins.count_up((counters + 1).toint())
+            task = following
 
     @cute.jit
     def load(

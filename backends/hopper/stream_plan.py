@@ -9,6 +9,8 @@ BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
 #: Tokens per slot of activations, bytes of their numbers and alpha, with which it begins, of a token's values, and of all.
 GROUP, LIST_BYTES, TOKEN_BYTES = 8, 64, 512
 SLOT_BYTES = LIST_BYTES + GROUP * TOKEN_BYTES
+#: Counters in front of those of the strips: the gathering's next task, and slots gathered.
+GATHER_COUNTERS = 2
 # Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
@@ -39,6 +41,7 @@ class StreamConfig:
         tokens: most tokens of a launch, as the sums of all of them lie in shared memory.
         experts, chunks: E, and I / 256.
         out_dtype: "bfloat16", "float16" or "float32".
+        a_swizzled: A's scale factors are in the "128x4" layout, else linear.
         cluster: CTAs with neighbouring rows that share every copy of activations, 1 or 2.
     """
 
@@ -50,6 +53,7 @@ class StreamConfig:
     experts: int
     chunks: int
     out_dtype: str
+    a_swizzled: bool = True
     cluster: int = 1
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from backends.hopper.dense_plan import DenseKernelTile, kernel_tile
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
@@ -12,8 +13,15 @@ from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
 from backends.tactic import Tactic
 from backends.triton.tactic import CHUNK, PREPARED
 
+
+class ListConfig(NamedTuple):
+    """What selects the kernel that lists tokens."""
+
+    a_swizzled: bool  # A's scale factors are in the "128x4" layout, else linear
+
+
 #: What selects a compiled kernel of the DSL.
-KernelConfig = StreamConfig | DenseKernelTile
+KernelConfig = ListConfig | StreamConfig | DenseKernelTile
 CAPABILITY = (9, 0)
 #: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
 PASS_TOKENS = 512
@@ -86,7 +94,7 @@ def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> Str
     for stages in range(_MAX_STAGES, tactic.phases - 1, -1):
         config = StreamConfig(
             tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
-            problem.intermediate // CHUNK, dtype_name(problem.out_dtype), tactic.cluster,
+            problem.intermediate // CHUNK, dtype_name(problem.out_dtype), problem.a_layout == "128x4", tactic.cluster,
         )  # fmt: skip
         if config.offsets()["end"] <= SMEM_BYTES:
             return config
@@ -102,9 +110,10 @@ def passes(problem: Fc2Problem) -> list[int]:
 @functools.lru_cache(maxsize=4096)  # every call asks
 def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
     """Everything that selects compiled kernels. Token counts that need the same kernels give equal values."""
-    configs: set[KernelConfig | None] = set()
+    swizzled = problem.a_layout == "128x4"
+    configs: set[KernelConfig | None] = {ListConfig(swizzled)}
     for tokens in passes(problem):
-        kernel = kernel_tile(tokens, dtype_name(problem.out_dtype), problem.a_layout == "128x4")
+        kernel = kernel_tile(tokens, dtype_name(problem.out_dtype), swizzled)
         configs |= {stream_config(problem, tactic, tokens), kernel}
     return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
 
