@@ -51,6 +51,12 @@ def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return counts, token_of, weight_of
 
 
+def late(alpha: torch.Tensor) -> torch.Tensor:
+    """Experts that `backends.hopper.gather.is_late` tells."""
+    counts = (alpha != 0).sum(0)
+    return (counts > 8) & (2 * counts > len(alpha))
+
+
 def slots(a, alpha: torch.Tensor) -> torch.Tensor:
     """Slots as `backends.hopper.gather` makes them, int32 [experts, eights of tokens, chunks, 1040]; -7 where it writes none."""
     (tokens, k), experts = a.shape, alpha.shape[1]
@@ -91,15 +97,17 @@ def run(
     prepared = layout.prepare(b)
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     expected = slots(a, alpha)
+    gathered = expected.clone()
+    gathered[late(alpha)] = -7  # the kernel gathers these itself
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=torch.full_like(expected, -7),
+        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=gathered,
         counts=counts, token_of=token_of, weight_of=weight_of,
         sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
         counters=torch.zeros(GATHER_COUNTERS + strips(n, config), dtype=torch.int32), out=out,
     )  # fmt: skip
     report = launch(config, tensors, (m, n, parts), seed=emulator_seed, **options)
-    assert torch.equal(tensors["gathered"], expected)
+    assert torch.equal(gathered, expected)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report
 
@@ -117,21 +125,6 @@ def image(a, columns: int) -> torch.Tensor:
     return image
 
 
-def beginning(tiling: DenseTiling, a) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decoded activations, poisoned where they are not yet, and counters as `backends.hopper.lists` leaves them."""
-    decoded = image(a, tiling.columns)
-    acts = torch.full_like(decoded, float("nan"))
-    counters = torch.zeros(tiling.counters, dtype=torch.int32)
-    for place in range(tiling.ahead):
-        step, stretch = divmod(place, tiling.walks)
-        chunk = tiling.bound(stretch) + step
-        if chunk < (tiling.bound(stretch + 1) if stretch + 1 < tiling.walks else tiling.chunks):
-            acts[4 * chunk : 4 * chunk + 4] = decoded[4 * chunk : 4 * chunk + 4]
-            counters[chunk] = tiling.columns // 8
-    counters[tiling.chunks] = tiling.ahead * (tiling.columns // 8)
-    return acts, counters
-
-
 def dense(
     tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,12 +133,12 @@ def dense(
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)
     alpha_t[:, :tokens] = alpha.T
-    acts, counters = beginning(tiling, a)
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
         a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
-        counts=(alpha != 0).sum(0).int(), acts=acts, parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
-        counters=counters, out=out,
+        counts=(alpha != 0).sum(0).int(), acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
+        parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
+        counters=torch.zeros(tiling.counters, dtype=torch.int32), out=out,
     )  # fmt: skip
     integers = (tokens, hidden, experts, tiling.chunks // experts, *tiling.work)
     launch(tiling.kernel, buffers, integers, **options)

@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
-from backends.hopper.decode import decode_task
+from backends.hopper.decode import decode_task, prefetch_task
 from backends.hopper.dense_plan import CLUSTER, TASK_TOKENS, DenseKernelTile
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 from backends.hopper.work import Work
@@ -43,7 +43,7 @@ class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 16
+    INTEGERS = 15
 
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
@@ -85,7 +85,6 @@ class DenseKernel:
         columns: cutlass.Int32,
         walks: cutlass.Int32,
         steps: cutlass.Int32,
-        ahead: cutlass.Int32,
         stream,
     ):
         """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
@@ -95,9 +94,9 @@ class DenseKernel:
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
-            acts: the decoded activations, as in `decode`; so far the first of the order in which chunks are needed.
+            acts: workspace, the decoded activations, as in `decode`.
             parts: workspace, `DenseTiling.parts_floats`.
-            counters: `DenseTiling.counters`, as `lists.ListKernel` leaves them.
+            counters: `DenseTiling.counters`.
             out: [tokens, hidden].
             expert_chunks: chunks of an expert.
             others: `DenseTiling.work`.
@@ -105,7 +104,7 @@ class DenseKernel:
         self.kernel(
             a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, parts, counters, out, tokens, hidden, experts,
             expert_chunks,
-            Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps, ahead),
+            Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps),
         ).launch(
             grid=(CLUSTER, clusters, 1),
             block=(_GROUP_THREADS * (self.tile.groups + 1), 1, 1),
@@ -133,6 +132,10 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
+        if (warp == 2) | (warp == 3):
+            # Probably the warp's first task: into the L2, before the weights ask for the memory's whole rate.
+            chunk, _, first = work.task(4 * number + 2 * rank + warp - 2)
+            prefetch_task(a_data, a_scale, first, tokens, chunk, work.chunks, tile.a_swizzled)
         # The counts are there: this kernel is launched once every block of the streaming kernel has found the listing kernel
         # complete. So in a routed call all clusters but one come and leave while that kernel still runs.
         dense = ins.is_dense(counts, tokens, experts)

@@ -20,11 +20,6 @@ _SHARED_BYTES = 226 * 1024
 _MAX_STAGES = 8
 #: Tokens of a chunk that a warp decodes at a time.
 TASK_TOKENS = 8
-# Chunks of each stretch of K that are decoded before the dense kernel starts: its own warps need 5 us for their first
-# (H200, 2026-11-26), and then keep ahead.
-_AHEAD = 4
-# Tasks of that at most, about as many warps as run at once.
-_AHEAD_TASKS = 1024
 # Widest token tile. At 192, which registers would still hold, shared memory has only three stages: M = 384 took 670 us, in
 # tiles of 128 506 (H100, 2026-11-25).
 _WIDEST = 176
@@ -149,11 +144,6 @@ class DenseTiling(Shares):
         """Chunks of the longest of them."""
         return self.chunks if self.walks == 1 else self.bound(1) + 1
 
-    @property
-    def ahead(self) -> int:
-        """Places of the order in which chunks are needed that the listing kernel decodes."""
-        return min(self.walks * min(self.steps, _AHEAD), _AHEAD_TASKS * TASK_TOKENS // self.columns)
-
     @functools.cached_property
     def slots(self) -> int:
         """Most clusters that the one with a tile's first chunk waits for."""
@@ -184,7 +174,7 @@ class DenseTiling(Shares):
         """The integers of `work.Work`."""
         return (
             self.row_tiles, self.chunks, self.clusters, self.full, self.streamed, self.aligned, self.cost, self.slots,
-            self.columns, self.walks, self.steps, self.ahead,
+            self.columns, self.walks, self.steps,
         )  # fmt: skip
 
 

@@ -9,26 +9,28 @@ p ^ token, which keeps the tokens of a piece in different banks of shared memory
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Boolean, Int32, Int64
 
 from backends.hopper import instructions as ins
 from backends.hopper.decode import scale_offset
 from backends.hopper.stream_plan import GROUP, LIST_BYTES, TOKEN_BYTES
 
 
-def gather_slot(a_data, a_scale, token_of, weight_of, slot, row, left, chunk, chunks, a_swizzled: bool) -> None:
+def is_late(count: Int32, tokens: Int32) -> Boolean:
+    """Whether an expert's tokens are gathered by the streaming kernel, not by the listing one: where they are so many that
+    the call is most likely the dense kernel's, which would not use them."""
+    return (count > GROUP) & (2 * count > tokens)
+
+
+def gather_slot(a_data, a_scale, token, weight, slot, chunk, chunks, a_swizzled: bool) -> None:
     """One slot, by a warp.
 
     Args:
-        token_of, weight_of: of `lists.ListKernel`; `row`: place of the slot's first token there, of `left` tokens.
+        token, weight: the slot's tokens, -1 for none, and the bits of their alpha; each lane has those of lane % 8.
         slot: its address.
         chunk, chunks: of K.
     """
     lane = cute.arch.lane_idx()
-    listed = lane % GROUP < left
-    place = Int64(row + lane % GROUP) * 4
-    token = ins.load_fresh_if(listed, Int64(token_of.toint()) + place, Int32(-1))
-    weight = ins.load_fresh_if(listed, Int64(weight_of.toint()) + place, Int32(0))
     # A lane's word of eight values makes 16 bytes of a piece.
     quarter, t, half = chunk * 4 + lane // 8, lane // 2 % 4, lane % 2
     loaded = []

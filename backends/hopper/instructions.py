@@ -89,6 +89,10 @@ def store2_if(wanted: Boolean, address: Int32, values: tuple) -> None:
     ptx("@$0 st.shared.v2.b32 [$1], {$2, $3};", (), (wanted, address, *values))
 
 
+def store1_if(wanted: Boolean, address: Int32, value: Int32) -> None:
+    ptx("@$0 st.shared.b32 [$1], $2;", (), (wanted, address, value))
+
+
 def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
     ptx("@$0 st.shared.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
 
@@ -118,6 +122,11 @@ def load_global4(address: Int64, wanted: Boolean | bool = True, dtype: type = Fl
 def load_fresh_if(wanted: Boolean, address: Int64, old: Int32) -> Int32:
     """A word that an earlier kernel may have written while this one was already launched, where `wanted`, else `old`."""
     return ptx("@$1 ld.relaxed.gpu.global.b32 $0, [$2];", (Int32,), (wanted, address, old), tied=1)[0]
+
+
+def prefetch_if(wanted: Boolean, address: Int64) -> None:
+    """The line of an address into the L2."""
+    ptx("@$0 prefetch.global.L2 [$1];", (), (wanted, address))
 
 
 def store_global1_if(wanted: Boolean, address: Int64, value: Int32) -> None:
@@ -174,10 +183,10 @@ def counted(address: Int64) -> Int32:
     return ptx("ld.acquire.gpu.global.s32 $0, [$1];", (Int32,), (address,), memory=True)[0]
 
 
-def take(address: Int64, lane: Int32, tasks: int = 1) -> Int32:
-    """Adds so many to a counter for the whole warp; what it was before."""
+def take(address: Int64, lane: Int32) -> Int32:
+    """Adds one to a counter for the whole warp; what it was before."""
     (old,) = ptx(
-        f"{{ .reg .pred p; setp.eq.s32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.s32 $0, [$1], {tasks}; }}",
+        "{ .reg .pred p; setp.eq.s32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.s32 $0, [$1], 1; }",
         (Int32,), (address, lane), memory=True,
     )  # fmt: skip
     return cute.arch.shuffle_sync(old, 0)

@@ -56,7 +56,7 @@ def run(
     weights = b.data.data_ptr(), b.scale.data_ptr()
     launcher(ListConfig(config.a_swizzled))(
         alpha.data_ptr(), *operands, counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), alpha_t.data_ptr(),
-        acts.data_ptr(), counters.data_ptr(), tokens, experts, before, counters.numel(), *tiling.work, stream,
+        acts.data_ptr(), counters.data_ptr(), tokens, experts, config.chunks, tiling.columns, counters.numel(), stream,
     )  # fmt: skip
     launcher(config)(
         *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), sums.data_ptr(),

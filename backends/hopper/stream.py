@@ -6,8 +6,6 @@ A CTA owns 32 or 64 rows of B, a strip. It walks the items, an expert's 256 valu
 float32 sums of all tokens in shared memory. Where there are fewer strips than multiprocessors, several CTAs take a part of
 the items of each, and the one with the first adds the sums of the others. Three roles:
 
-- every CTA first takes its share of gathering the activations, spread over all consumers of the launch; meanwhile the first
-  weights are on their way;
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
   slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
@@ -20,10 +18,10 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
 
 from backends.hopper import instructions as ins
-from backends.hopper.gather import gather_slot
+from backends.hopper.gather import gather_slot, is_late
 from backends.hopper.stream_plan import (
     BLOCK_DATA,
     BLOCK_ROWS,
@@ -36,6 +34,8 @@ from backends.hopper.stream_plan import (
     StreamConfig,
 )  # fmt: skip
 
+# Tasks of gathering a late expert.
+_STRIPES = 16
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
 
 
@@ -81,8 +81,7 @@ class StreamKernel:
         Args:
             a_data: [tokens, K/8] words.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
-            gathered: workspace, slots (`gather`) [E, eights of tokens, I / 256].
-            counts, token_of, weight_of: of `lists.ListKernel`; `counts` may be read up to a multiple of 8.
+            gathered, counts, token_of, weight_of: of `lists.ListKernel`; `counts` may be read up to a multiple of 8.
             sums: workspace, float32 [parts - 1, strips, tokens, rows].
             counters: int32 [GATHER_COUNTERS + strips], zero before a call.
             out: [tokens, hidden].
@@ -126,9 +125,9 @@ class StreamKernel:
             cute.arch.cluster_wait()
         cute.arch.sync_threads()
         if warp == 0:
-            self._list_experts(smem, counts, counters, lane)
+            self._list_experts(smem, counts, tokens, lane)
         cute.arch.sync_threads()
-        used, groups, pairs, task = ins.load4(smem + self.offset["totals"])
+        used, pairs, late, _ = ins.load4(smem + self.offset["totals"])
         if pairs * 4 <= tokens * config.experts:
             # The first part waits for the others: its blocks are the last to start, or a GPU that is shared with others might
             # never have room for those.
@@ -137,15 +136,12 @@ class StreamKernel:
             first, last = part * items // parts, (part + 1) * items // parts
             flags = counters + GATHER_COUNTERS
             if warp < config.consumers:
-                self.gather(
-                    smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, groups * config.chunks,
-                    task + warp, lane,
-                )  # fmt: skip
+                if late > 0:
+                    self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
                 self.consume(smem, barriers, first, last, warp, lane)
             elif lane == 0:
                 if warp == config.consumers:
-                    # All slots are soon there, and asking for each would hold up the copies.
-                    while ins.counted((counters + 1).toint()) < groups * config.chunks:
+                    while ins.counted((counters + 1).toint()) < late * _STRIPES:
                         pass
                     ins.fence_async()
                     self.fetch(smem, gathered, tokens, first, last)
@@ -182,13 +178,12 @@ class StreamKernel:
             cute.arch.cluster_arrive_relaxed()
 
     @cute.jit
-    def _list_experts(self, smem: Int32, counts: cute.Pointer, counters: cute.Pointer, lane: Int32):
+    def _list_experts(self, smem: Int32, counts: cute.Pointer, tokens: Int32, lane: Int32):
         """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and
-        totals, with the first of as many tasks of gathering as there are consumers."""
+        totals: selected experts, nonzeros of alpha, experts whose activations are still to be gathered."""
         experts = self.config.experts
         table = smem + self.offset["table"]
-        task = ins.take(counters.toint(), lane, self.config.consumers)
-        used, groups, pairs = Int32(0), Int32(0), Int32(0)
+        used, groups, pairs, late = Int32(0), Int32(0), Int32(0), Int32(0)
         for first in cutlass.range(0, experts, 8 * 32, unroll=1):
             mine = first + lane * 8
             loaded = []
@@ -199,6 +194,7 @@ class StreamKernel:
             own = Int32(0)
             for count in listed:
                 pairs += count
+                late += Int32(is_late(count, tokens))
                 own += (Int32(count > 0) << 16) + (count + GROUP - 1) // GROUP
             scan = own
             for distance in (1, 2, 4, 8, 16):
@@ -212,44 +208,45 @@ class StreamKernel:
             total = cute.arch.shuffle_sync(scan, 31)
             used += total >> 16
             groups += total & 0xFFFF
-        pairs = cute.arch.warp_redux_sync(pairs, "add")
+        pairs, late = cute.arch.warp_redux_sync(pairs, "add"), cute.arch.warp_redux_sync(late, "add")
         ins.store2_if(lane < 2, table + (used + lane) * 8, (Int32(0), groups))
         if lane == 0:
-            ins.store4(smem + self.offset["totals"], (used, groups, pairs, task))
+            ins.store4(smem + self.offset["totals"], (used, pairs, late, Int32(0)))
 
     @cute.jit
     def gather(
         self, smem: Int32, a_data: cute.Pointer, a_scale: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer,
-        gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32, used: Int32, tasks: Int32, task: Int32, lane: Int32,
+        gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32, used: Int32, lane: Int32,
     ):  # fmt: skip
-        """A consumer warp: slot after slot of activations, until no CTA has one left.
+        """A consumer warp: slots of late experts, until no CTA has one left; a task is every so many of an expert's.
 
-        Slots are taken, never assigned: they get done however many CTAs a shared GPU has room for at once.
+        Tasks are taken, never assigned: they get done however many CTAs a shared GPU has room for at once.
         """
         config = self.config
         wide = cute.ceil_div(tokens, 16) * 16
-        while task < tasks:
-            following = ins.take(counters.toint(), lane)  # on its way while this one is done
-            group, chunk = task // config.chunks, task % config.chunks
-            entry, beyond = Int32(0), used
-            while beyond - entry > 1:
-                middle = (entry + beyond) // 2
-                if ins.load1(smem + self.offset["table"] + middle * 8 + 4) <= group:
-                    entry = middle
-                else:
-                    beyond = middle
-            packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
-            expert, first = packed & 0xFFFF, (group - before) * GROUP
-            row = expert * wide + first
-            slot = Int64(gathered.toint()) + (Int64(row // GROUP) * config.chunks + chunk) * SLOT_BYTES
-            gather_slot(
-                a_data, a_scale, token_of, weight_of, slot, row, (packed >> 16) - first, expert * config.chunks + chunk,
-                config.experts * config.chunks, config.a_swizzled,
-            )  # fmt: skip
-            cute.arch.sync_warp()
-            if lane == 0:
-                ins.count_up((counters + 1).toint())
-            task = following
+        task = ins.take(counters.toint(), lane)
+        while task < used * _STRIPES:
+            packed = ins.load1(smem + self.offset["table"] + task // _STRIPES * 8)
+            expert, count = packed & 0xFFFF, packed >> 16
+            if is_late(count, tokens):
+                for i in cutlass.range(
+                    task % _STRIPES, (count + GROUP - 1) // GROUP * config.chunks, _STRIPES, unroll=1
+                ):
+                    first, chunk = i // config.chunks * GROUP, i % config.chunks
+                    left = count - first
+                    row = expert * wide + first
+                    at = Int64(row + lane % GROUP) * 4
+                    token = ins.load_fresh_if(lane % GROUP < left, Int64(token_of.toint()) + at, Int32(-1))
+                    weight = ins.load_fresh_if(lane % GROUP < left, Int64(weight_of.toint()) + at, Int32(0))
+                    slot = Int64(gathered.toint()) + (Int64(row // GROUP) * config.chunks + chunk) * SLOT_BYTES
+                    gather_slot(
+                        a_data, a_scale, token, weight, slot, expert * config.chunks + chunk, config.experts * config.chunks,
+                        config.a_swizzled,
+                    )  # fmt: skip
+                cute.arch.sync_warp()
+                if lane == 0:
+                    ins.count_up((counters + 1).toint())
+            task = ins.take(counters.toint(), lane)
 
     @cute.jit
     def load(
@@ -327,65 +324,89 @@ class StreamKernel:
     def consume(self, smem: Int32, barriers: cute.Pointer, begin: Int32, end: Int32, warp: Int32, lane: Int32):
         """Every `phases`-th item: 32 rows of its weights times all of its tokens, added to the sums in order."""
         config = self.config
+        widest = config.widths[-1]
         block, phase = warp % config.blocks, warp // config.blocks
         before_me = (phase + config.phases - 1) % config.phases * config.blocks + block
         weights = smem + self.offset["weights"] + block * BLOCK_DATA + lane * 16
         scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
-        # Items and slots count from the CTA's first.
-        slots_before = self._slots_before(smem, begin)[0]
-        for item in cutlass.range(phase, end - begin, config.phases, unroll=1):
-            first_slot, members, groups = self._slots_before(smem, begin + item)
-            first_slot -= slots_before
-            stage = item % config.stages
-            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)
+        # Items and slots count from the CTA's first. What an item needs besides its data is found while the one before it is
+        # multiplied: on the way it took 1000 of 3300 cycles, and the kernel waited for its consumers (H200, 2026-11-26).
+        last = end - begin
+        origin = self._first_slot(smem, begin)[0]
+        slot, members = self._first_slot(smem, begin + cutlass.min(phase, last))
+        place, turn = self._in_ring(slot - origin)
+        stage, stage_turn, before_turn = phase + 0, Int32(0), Int32(phase == 0)
+        for item in cutlass.range(phase, last, config.phases, unroll=1):
+            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), stage_turn)
             source = weights + stage * config.stage_bytes
             words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
             scales = ins.load4(source + scale_offset)
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
+            here, here_turn, left = place, turn, members
+            slot, members = self._first_slot(smem, begin + cutlass.min(item + config.phases, last))
+            place, turn = self._in_ring(slot - origin)
 
             if cutlass.const_expr(config.ordered):
                 if item > 0:
-                    acquired = self._barrier(barriers, "acquired", before_me)
-                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)
-            for first in cutlass.range(0, groups, config.widths[-1], unroll=1):
-                left = groups - first
+                    cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)
+            for first in cutlass.range(0, left, widest * GROUP, unroll=1):
                 for width, narrower in zip(config.widths, (0, *config.widths)):
-                    if (left > narrower) & ((left <= width) | (width == config.widths[-1])):
+                    if (left > narrower * GROUP) & ((left <= width * GROUP) | (width == widest)):
                         self._multiply(
-                            smem, barriers, width, words, scales, first_slot + first, left, members - first * GROUP,
-                            first, item, block, warp, before_me, lane,
+                            smem, barriers, width, words, scales, here, here_turn, left, before_turn, (first == 0) & (item > 0),
+                            block, warp, before_me, lane,
                         )  # fmt: skip
+                left -= widest * GROUP
+                here, here_turn = self._after(here, here_turn, widest)
             # Every lane for itself: compute-sanitizer's racecheck does not count `sync_warp` among what orders them, and
             # one arrival for 32 is no faster (H100, 2026-11-25).
             cute.arch.mbarrier_arrive(self._barrier(barriers, "turn", warp))
+            stage += config.phases
+            if stage >= config.stages:
+                stage, stage_turn = stage - config.stages, stage_turn ^ 1
+            before_turn ^= 1
 
-    def _slots_before(self, smem: Int32, item: Int32) -> tuple:
-        """Of an item, or behind the last: slots of the items before it, its tokens, its slots."""
+    def _first_slot(self, smem: Int32, item: Int32) -> tuple:
+        """Of an item, or behind the last: the number of its first slot, its tokens."""
         chunks = self.config.chunks
-        entry = item // chunks
-        packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
+        entry = Uint32(item) // chunks
+        packed, before = ins.load2(smem + self.offset["table"] + Int32(entry) * 8)
         members = packed >> 16
-        groups = (members + GROUP - 1) // GROUP
-        return before * chunks + (item - entry * chunks) * groups, members, groups
+        return before * chunks + (item - Int32(entry) * chunks) * (members + GROUP - 1 >> 3), members
+
+    def _in_ring(self, slot: Int32) -> tuple:
+        """Place of a slot in the ring, and the parity of its turn."""
+        turn = Int32(Uint32(slot) // self.config.slots)
+        return slot - turn * self.config.slots, turn & 1
+
+    def _after(self, place: Int32, turn: Int32, slots: int) -> tuple:
+        """Place and turn so many slots later, at most a ring."""
+        over = Int32(place + slots >= self.config.slots)
+        return place + slots - over * self.config.slots, turn ^ over
 
     @cute.jit
     def _multiply(
-        self, smem, barriers, width: cutlass.Constexpr, words, scales, slot, left, members, first, item, block, warp,
+        self, smem, barriers, width: cutlass.Constexpr, words, scales, place, turn, members, before_turn, first, block, warp,
         before_me, lane,
     ):  # fmt: skip
-        """Up to `width` slots of an item."""
+        """Up to `width` slots of an item, from a place in the ring on.
+
+        Args:
+            members: tokens of the item from there on.
+            first: whether these are its first, and another item was before.
+        """
         config = self.config
         g, t = lane // 4, lane % 4
         places = []
         for i in cutlass.range_constexpr(width):
-            place = (slot + i) % config.slots
-            places.append(place)
-            if i < left:
-                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", place), ((slot + i) // config.slots) & 1)
+            at, at_turn = self._after(place, turn, i)
+            places.append(at)
+            if i * GROUP < members:
+                cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", at), at_turn)
         if cutlass.const_expr(config.ordered):
-            if left <= width:
+            if members <= width * GROUP:
                 if lane == 0:
                     cute.arch.mbarrier_arrive(self._barrier(barriers, "acquired", warp))
         slots = [smem + self.offset["activations"] + place * SLOT_BYTES for place in places]
@@ -408,13 +429,13 @@ class StreamKernel:
         tokens, weights = [], []
         for i in cutlass.range_constexpr(width):
             header = slots[i] + t * 8
-            listed = Boolean(i < left)
+            listed = Boolean(i * GROUP < members)
             tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
             weights.append(ins.load2_if(listed, header + 32, (zero, zero)))
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(width):
             # To all CTAs of the cluster, any of which may fill the slot next.
-            if (lane < config.cluster) & (i < left):
+            if (lane < config.cluster) & (i * GROUP < members):
                 peer = lane if config.cluster > 1 else None
                 cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]), peer)
         base = smem + self.offset["sums"] + block * 128
@@ -424,9 +445,8 @@ class StreamKernel:
                 token = tokens[i][j]
                 # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
                 targets.append((token >= 0, base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))))
-        if (first == 0) & (item > 0):
-            turn = self._barrier(barriers, "turn", before_me)
-            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)
+        if first:
+            cute.arch.mbarrier_wait(self._barrier(barriers, "turn", before_me), before_turn)
         # The other consumers wait for this: all loads first, then all additions.
         for wanted, at in targets:
             old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))

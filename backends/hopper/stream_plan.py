@@ -9,7 +9,7 @@ BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
 #: Tokens per slot of activations, bytes of their numbers and alpha, with which it begins, of a token's values, and of all.
 GROUP, LIST_BYTES, TOKEN_BYTES = 8, 64, 512
 SLOT_BYTES = LIST_BYTES + GROUP * TOKEN_BYTES
-#: Counters in front of those of the strips: the gathering's next task, and slots gathered.
+#: Counters in front of those of the strips: the gathering's next task, and those done.
 GATHER_COUNTERS = 2
 # Width of a pass in groups of tokens -> least number of tokens that it pays for (H200, top-8 of 256 experts, 2026-11-23).
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
