@@ -39,6 +39,11 @@ _STRIPES = 16
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
 
 
+def _turn(consumer):
+    """The hardware barrier at which a consumer waits for its turn to add: number 0 is `sync_threads`."""
+    return consumer + 1
+
+
 class StreamKernel:
     """One instance per compiled kernel; the tokens and the hidden size are run-time arguments."""
 
@@ -167,7 +172,7 @@ class StreamKernel:
     def _start_barriers(self, barriers: cute.Pointer, thread: Int32):
         if thread == 0:
             blocks = self.config.blocks
-            arrivals = {"weights_empty": blocks, "slot_empty": blocks * self.config.cluster, "turn": 32}
+            arrivals = {"weights_empty": blocks, "slot_empty": blocks * self.config.cluster}
             kinds = list(self.barrier)
             for kind, following in zip(kinds, kinds[1:]):
                 for i in cutlass.range_constexpr(self.barrier[kind], self.barrier[following]):
@@ -327,6 +332,7 @@ class StreamKernel:
         widest = config.widths[-1]
         block, phase = warp % config.blocks, warp // config.blocks
         before_me = (phase + config.phases - 1) % config.phases * config.blocks + block
+        after_me = (phase + 1) % config.phases * config.blocks + block
         weights = smem + self.offset["weights"] + block * BLOCK_DATA + lane * 16
         scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
         # Items and slots count from the CTA's first. What an item needs besides its data is found while the one before it is
@@ -360,9 +366,8 @@ class StreamKernel:
                         )  # fmt: skip
                 left -= widest * GROUP
                 here, here_turn = self._after(here, here_turn, widest)
-            # Every lane for itself: compute-sanitizer's racecheck does not count `sync_warp` among what orders them, and
-            # one arrival for 32 is no faster (H100, 2026-11-25).
-            cute.arch.mbarrier_arrive(self._barrier(barriers, "turn", warp))
+            if item + 1 < last:
+                cute.arch.barrier_arrive(barrier_id=_turn(after_me), number_of_threads=64)
             stage += config.phases
             if stage >= config.stages:
                 stage, stage_turn = stage - config.stages, stage_turn ^ 1
@@ -446,7 +451,7 @@ class StreamKernel:
                 # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
                 targets.append((token >= 0, base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))))
         if first:
-            cute.arch.mbarrier_wait(self._barrier(barriers, "turn", before_me), before_turn)
+            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)
         # The other consumers wait for this: all loads first, then all additions.
         for wanted, at in targets:
             old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))

@@ -88,8 +88,8 @@ class StreamConfig:
             "weights": self.stages * self.stage_bytes,
             "activations": self.slots * SLOT_BYTES,
             "sums": self.tokens * self.rows * 4,
-            "barriers": 8 * self.barriers["end"],
             "totals": 16,
+            "barriers": 8 * self.barriers["end"],
             "table": (self.experts + 2) * 8,
         }
         return _running(sizes)
@@ -102,7 +102,6 @@ class StreamConfig:
             "weights_empty": self.stages,
             "slot_full": self.slots,
             "slot_empty": self.slots,
-            "turn": self.consumers,
             "acquired": self.consumers if self.ordered else 0,
         }
         return _running(sizes)
