@@ -4,11 +4,11 @@
 
 A CTA owns 32 or 64 rows of B, a strip. It walks the items, an expert's 256 values of K each, in ascending order, and keeps
 float32 sums of all tokens in shared memory. Where there are fewer strips than multiprocessors, several CTAs take a part of
-the items of each, and the one with the first adds the sums of the others. Two roles:
+the items of each, and the one with the first adds the sums of the others. Three roles:
 
-- the last warp copies prepared weights into a ring of stages, some 100 KB ahead, and gathered activations, in the order of
-  the tensor core's right operand, up to eight tokens to a slot of a second ring; in a cluster of two CTAs each fetches every
-  second slot from the L2, for both;
+- the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
+- the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
+  slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
   slot of the item. Items are dealt to the consumers in turn. A ring of barriers passes the right to add, so that sums
   grow in the order of the items, whichever is ready first: results repeat bit for bit.
@@ -145,10 +145,13 @@ class StreamKernel:
                     self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
                 self.consume(smem, barriers, first, last, warp, lane)
             elif lane == 0:
-                while ins.counted((counters + 1).toint()) < late * _STRIPES:
-                    pass
-                ins.fence_async()
-                self.copy(smem, gathered, tokens, first, last, w_data, w_scale, hidden)
+                if warp == config.consumers:
+                    while ins.counted((counters + 1).toint()) < late * _STRIPES:
+                        pass
+                    ins.fence_async()
+                    self.fetch(smem, gathered, tokens, first, last)
+                else:
+                    self.load(smem, barriers, first, last, w_data, w_scale, hidden)
             cute.arch.sync_threads()
             # No CTA may leave while its peer still signals its barriers.
             if cutlass.const_expr(config.cluster > 1):
@@ -251,95 +254,76 @@ class StreamKernel:
             task = ins.take(counters.toint(), lane)
 
     @cute.jit
-    def copy(
-        self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32, w_data: cute.Pointer,
-        w_scale: cute.Pointer, hidden: Int32,
+    def load(
+        self, smem: Int32, barriers: cute.Pointer, first: Int32, last: Int32, w_data: cute.Pointer, w_scale: cute.Pointer,
+        hidden: Int32,
     ):  # fmt: skip
-        """One lane: the weights of item after item, and slot after slot of its activations, as many tokens as there are.
-
-        Copies are served in the order in which a multiprocessor asks for them. So an item's slots are asked for right
-        behind its weights, and weights further ahead while no slot is free. Where neither is, a slot comes first: what it
-        waits for is all under way.
-
-        The CTAs of a cluster take turns at copying slots, each into all of them. A slot is free when the consumers of all
-        have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
-
-        Table entries are read one item ahead: else a slot took 320 to 550 cycles, and the whole kernel waited for this
-        lane (H100, 2026-11-26).
-        """
+        """One lane: the weights of item after item."""
         config = self.config
-        rank = cute.arch.block_idx()[0] % config.cluster
-        smem = ins.fixed(smem)
-        table, once = smem + self.offset["table"], Int64(ins.EVICT_FIRST)
-        weights, values = smem + self.offset["weights"], smem + self.offset["activations"]
-        kinds = ("weights_full", "weights_empty", "slot_full", "slot_empty")
-        stage_full, stage_empty, slot_full, slot_empty = (
-            smem + self.offset["barriers"] + 8 * self.barrier[kind] for kind in kinds
-        )
-        # Bytes of the weights of 256 values of K, and of the part of them that the CTA takes.
         data_bytes, scale_bytes = config.blocks * BLOCK_DATA, config.blocks * BLOCK_SCALES
         blocks = Int64(cute.ceil_div(hidden, 128) * 4)
         strip = Int64(cute.arch.block_idx()[0] * config.blocks)
         data, scale = Int64(w_data.toint()) + strip * BLOCK_DATA, Int64(w_scale.toint()) + strip * BLOCK_SCALES
+        for item in cutlass.range(first, last, unroll=1):
+            stage, turn = (item - first) % config.stages, (item - first) // config.stages
+            expert = ins.load1(smem + self.offset["table"] + item // config.chunks * 8) & 0xFFFF
+            chunk = blocks * (expert * config.chunks + item % config.chunks)
+            if turn > 0:
+                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
+            full = self._barrier(barriers, "weights_full", stage)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+            target = smem + self.offset["weights"] + stage * config.stage_bytes
+            once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
+            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
+            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
+
+    @cute.jit
+    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32):
+        """One lane: copy slot after slot of gathered activations, as many tokens as there are.
+
+        The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
+        have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
+
+        Everything that takes long is asked for one slot ahead: else a slot took 320 to 550 cycles, and the whole kernel
+        waited for this lane (H100, 2026-11-26).
+        """
+        config = self.config
+        rank = cute.arch.block_idx()[0] % config.cluster
+        smem = ins.fixed(smem)
+        table = smem + self.offset["table"]
+        values = smem + self.offset["activations"]
+        full, empty = (smem + self.offset["barriers"] + 8 * self.barrier[k] for k in ("slot_full", "slot_empty"))
         # Bytes from one group of an expert's tokens to the next, and from one expert to the next.
         step = Int64(config.chunks * SLOT_BYTES)
         expert_step = cute.ceil_div(tokens, 16) * (16 // GROUP) * step
         start = Int64(gathered.toint())
-
         entry, chunk, items = first // config.chunks, first % config.chunks, last - first
         packed, following = ins.load1(table + entry * 8), ins.load1(table + entry * 8 + 8)
         left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
-        place, phase = Int32(0), Int32(1)
-        # The same of the weights; `ahead`: items whose weights were asked for, and not all slots.
-        w_entry, w_chunk, w_items, ahead = entry, chunk, items, Int32(0)
-        w_packed, w_following = packed, following
-        stage, w_phase = Int32(0), Int32(1)
+        place, phase, free = Int32(0), Int32(1), Int32(1)
         while items > 0:
-            slot_free = ins.completed(slot_empty + place * 8, phase)
-            stage_free = ins.completed(stage_empty + stage * 8, w_phase)
-            if (ahead > 0) & ((slot_free > 0) | (stage_free == 0) | (w_items == 0)):
-                if slot_free == 0:
-                    ins.wait(slot_empty + place * 8, phase)
-                size = LIST_BYTES + cutlass.min(left, GROUP) * TOKEN_BYTES
-                ins.expect_bytes(slot_full + place * 8, size)
-                if place % config.cluster == rank:
-                    ins.copy_bulk(values + place * SLOT_BYTES, source, size, slot_full + place * 8, config.cluster)
-                place += 1
-                if place == config.slots:
-                    place, phase = Int32(0), phase ^ 1
-                left -= GROUP
-                source += step
-                if left <= 0:
-                    items -= 1
-                    ahead -= 1
-                    chunk += 1
-                    if chunk == config.chunks:
-                        chunk = Int32(0)
-                        packed = following
-                        entry += 1
-                        following = ins.load1(table + entry * 8 + 8)
-                    left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
-            else:
-                if stage_free == 0:
-                    ins.wait(stage_empty + stage * 8, w_phase)
-                number = blocks * ((w_packed & 0xFFFF) * config.chunks + w_chunk)
-                barrier, target = stage_full + stage * 8, weights + stage * config.stage_bytes
-                ins.expect_bytes(barrier, Int32(config.stage_bytes))
-                ins.copy_bulk(target, data + number * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
-                ins.copy_bulk(
-                    target + data_bytes, scale + number * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once
-                )
-                w_items -= 1
-                ahead += 1
-                stage += 1
-                if stage == config.stages:
-                    stage, w_phase = Int32(0), w_phase ^ 1
-                w_chunk += 1
-                if w_chunk == config.chunks:
-                    w_chunk = Int32(0)
-                    w_packed = w_following
-                    w_entry += 1
-                    w_following = ins.load1(table + w_entry * 8 + 8)
+            if free == 0:
+                ins.wait(empty + place * 8, phase)
+            size = LIST_BYTES + cutlass.min(left, GROUP) * TOKEN_BYTES
+            ins.expect_bytes(full + place * 8, size)
+            here = place
+            place += 1
+            if place == config.slots:
+                place, phase = Int32(0), phase ^ 1
+            free = ins.completed(empty + place * 8, phase)
+            if here % config.cluster == rank:
+                ins.copy_bulk(values + here * SLOT_BYTES, source, size, full + here * 8, config.cluster)
+            left -= GROUP
+            source += step
+            if left <= 0:
+                items -= 1
+                chunk += 1
+                if chunk == config.chunks:
+                    chunk = Int32(0)
+                    packed = following
+                    entry += 1
+                    following = ins.load1(table + entry * 8 + 8)
+                left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
 
     @cute.jit
     def consume(self, smem: Int32, barriers: cute.Pointer, begin: Int32, end: Int32, warp: Int32, lane: Int32):

@@ -66,7 +66,7 @@ class StreamConfig:
 
     @property
     def threads(self) -> int:
-        return 32 * (self.consumers + 1)
+        return 32 * (self.consumers + 2)
 
     @property
     def widths(self) -> tuple[int, ...]:
