@@ -10,7 +10,7 @@ import torch
 from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
-from backends.hopper.dense_plan import DenseTiling
+from backends.hopper.dense_plan import AHEAD, DenseTiling
 from backends.hopper.stream_plan import GATHER_COUNTERS, StreamConfig, strips
 from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
@@ -125,21 +125,40 @@ def image(a, columns: int) -> torch.Tensor:
     return image
 
 
+def beginning(tiling: DenseTiling, a) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Activations decoded ahead and counters as `backends.hopper.lists` leaves them, and the chunks decoded ahead."""
+    decoded = image(a, tiling.columns).view(tiling.chunks, 4, tiling.columns, 8, 8)
+    first = torch.full((max(tiling.ahead, 1), *decoded.shape[1:]), float("nan"), dtype=torch.float16)
+    counters, chunks = torch.zeros(tiling.counters, dtype=torch.int32), []
+    for place in range(tiling.ahead):
+        step, stretch = divmod(place, tiling.walks)
+        chunk = tiling.bound(stretch) + step
+        if chunk < (tiling.bound(stretch + 1) if stretch + 1 < tiling.walks else tiling.chunks):
+            first[place] = decoded[chunk]
+            counters[chunk] = AHEAD + place
+            chunks.append(chunk)
+    counters[tiling.chunks] = tiling.ahead * (tiling.columns // 8)
+    return first, counters, chunks
+
+
 def dense(
     tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and the decoded activations, poisoned before."""
+    """out and the activations that the kernel decodes, poisoned before; those decoded ahead are put among them."""
     (tokens, k), experts = a.shape, alpha.shape[1]
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)
     alpha_t[:, :tokens] = alpha.T
+    first, counters, ahead = beginning(tiling, a)
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
         a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
         counts=(alpha != 0).sum(0).int(), acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
-        parts=torch.full((max(tiling.parts_floats, 4),), float("nan")),
-        counters=torch.zeros(tiling.counters, dtype=torch.int32), out=out,
+        first_acts=first, parts=torch.full((max(tiling.parts_floats, 4),), float("nan")), counters=counters, out=out,
     )  # fmt: skip
     integers = (tokens, hidden, experts, tiling.chunks // experts, *tiling.work)
     launch(tiling.kernel, buffers, integers, **options)
+    acts = buffers["acts"].view(tiling.chunks, -1)
+    assert acts[ahead].isnan().all(), "decoded twice"
+    acts[ahead] = image(a, tiling.columns).view(tiling.chunks, -1)[ahead]
     return out, buffers["acts"]

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
+from backends.hopper.dense_plan import dense_tiling
 from backends.hopper.tactic import ListConfig
 from tests import hopper_emulation as emulation
 from tests.reference import make_alpha, make_operands
@@ -15,25 +16,32 @@ from tests.reference import make_alpha, make_operands
 
 @pytest.mark.parametrize("scales", ["128x4", "linear"])
 @pytest.mark.parametrize("kind", ["ragged", "zero", "one_expert", "dense"])
-@pytest.mark.parametrize(("m", "experts", "inner"), [(1, 3, 256), (8, 3, 256), (21, 5, 512), (300, 9, 256), (512, 2, 768)])
-def test_lists_and_slots(m, experts, inner, kind, scales) -> None:
-    """Counters are reset; what is not to be written stays as it was."""
-    k, columns, zeros = experts * inner, m + 7, 1000
+@pytest.mark.parametrize(
+    ("m", "experts", "inner", "clusters"),
+    [(1, 3, 256, 3), (8, 3, 256, 7), (21, 5, 512, 3), (300, 9, 256, 4), (512, 2, 768, 9)],
+)
+def test_lists_and_first_activations(m, experts, inner, clusters, kind, scales) -> None:
+    """Of both forms, with the counters that the other kernels begin with; what is not to be written stays as it was."""
+    k, before = experts * inner, 5
     a, _ = make_operands(m, 8, k, seed=3, layout=scales)
     alpha = make_alpha(kind, m, experts, torch.Generator().manual_seed(4))
     alpha[0, 1] = -0.0
+    tiling = dense_tiling(m, 700, k, a_swizzled=scales == "128x4", clusters=clusters)
     lists, slots = emulation.lists(alpha), emulation.slots(a, alpha)
     slots[emulation.late(alpha)] = -7
+    first_acts, counters, _ = emulation.beginning(tiling, a)
     buffers = dict(
         alpha=alpha, a_data=a.data, a_scale=a.scale, counts=torch.full_like(lists[0], 1 << 30),
         token_of=torch.full_like(lists[1], 1 << 30), weight_of=torch.full_like(lists[2], float("nan")),
-        alpha_t=torch.full((experts, columns), float("nan")), gathered=torch.full_like(slots, -7),
-        counters=torch.full((zeros + 1,), 7, dtype=torch.int32),
+        alpha_t=torch.full((experts, tiling.columns), float("nan")), gathered=torch.full_like(slots, -7),
+        first_acts=torch.full_like(first_acts, float("nan")),
+        counters=torch.full((before + tiling.counters + 1,), 7, dtype=torch.int32),
     )  # fmt: skip
-    integers = (m, experts, inner // 256, columns, zeros)
+    integers = (m, experts, inner // 256, before, before + tiling.counters, *tiling.work)
     emulation.launch(ListConfig(scales == "128x4"), buffers, integers, schedule="random", seed=m)
     for name, wanted in zip(("counts", "token_of", "weight_of"), lists):
         assert torch.equal(buffers[name].nan_to_num(-9), wanted.nan_to_num(-9)), name
     assert torch.equal(buffers["alpha_t"][:, :m], alpha.T) and not buffers["alpha_t"][:, m:].any()
     assert torch.equal(buffers["gathered"], slots)
-    assert not buffers["counters"][:zeros].any() and buffers["counters"][zeros] == 7
+    assert torch.equal(buffers["first_acts"].view(torch.int16), first_acts.view(torch.int16))
+    assert buffers["counters"].tolist() == [0] * before + counters.tolist() + [7]

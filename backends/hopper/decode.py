@@ -15,33 +15,21 @@ from backends.hopper import instructions as ins
 from backends.hopper.dense_plan import CHUNK
 
 
-def decode_task(a_data, a_scale, acts, first, tokens, columns, chunk, chunks, a_swizzled: bool) -> None:
-    """A chunk of the tokens from `first` on, by a warp: two turns of eight lanes a token.
+def decode_task(a_data, a_scale, acts: Int64, first, tokens, columns, chunk, chunks, a_swizzled: bool) -> None:
+    """A chunk of the tokens from `first` on, by a warp: two turns of eight lanes a token. `acts`: address of the first chunk.
 
     Lane 2q + s of a token reads half s of quarter q of the chunk, and makes the pairs s and s + 2 of it all: two
     neighbours then store the two halves of one 32-byte sector.
     """
-    half, quarter, rows = _lane_part(first, chunk)
+    lane = cute.arch.lane_idx()
+    half, quarter = lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2
+    rows = [first + lane // 8, first + lane // 8 + 4]
     loaded = []
     for row in rows:
         words, scales = _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled)
         loaded.append((ins.load_global4_if(row < tokens, words), ins.load_global1_if(row < tokens, scales)))
     for row, (words, scale) in zip(rows, loaded):
-        _decode(acts.toint() + (quarter.to(Int64) * columns + row) * 128, row, half, words, scale)
-
-
-def prefetch_task(a_data, a_scale, first, tokens, chunk, chunks, a_swizzled: bool) -> None:
-    """What `decode_task` will read, into the L2."""
-    half, quarter, rows = _lane_part(first, chunk)
-    for row in rows:
-        for address in _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled):
-            ins.prefetch_if((row < tokens) & (chunk < chunks), address)
-
-
-def _lane_part(first, chunk) -> tuple:
-    """Half and quarter of the chunk, and rows."""
-    lane = cute.arch.lane_idx()
-    return lane % 2, chunk * (CHUNK // 64) + lane % 8 // 2, [first + lane // 8, first + lane // 8 + 4]
+        _decode(acts + (quarter.to(Int64) * columns + row) * 128, row, half, words, scale)
 
 
 def _addresses(a_data, a_scale, row, quarter, half, chunks, a_swizzled: bool) -> tuple[Int64, Int64]:

@@ -22,8 +22,8 @@ from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
-from backends.hopper.decode import decode_task, prefetch_task
-from backends.hopper.dense_plan import CLUSTER, TASK_TOKENS, DenseKernelTile
+from backends.hopper.decode import decode_task
+from backends.hopper.dense_plan import AHEAD, CLUSTER, TASK_TOKENS, DenseKernelTile
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 from backends.hopper.work import Work
 
@@ -43,7 +43,7 @@ class DenseKernel:
     """One instance per compiled kernel; sizes and the division of the work are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 15
+    INTEGERS = 16
 
     def __init__(self, tile: DenseKernelTile) -> None:
         self.tile = tile
@@ -54,7 +54,7 @@ class DenseKernel:
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
             (cutlass.Int32, 16), (cutlass.Uint8, 4), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16),
-            (cutlass.Int32, 4), (cutlass.Float16, 16), (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
+            (cutlass.Int32, 4), (cutlass.Float16, 16), (cutlass.Float16, 16), (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
@@ -67,6 +67,7 @@ class DenseKernel:
         alpha_t: cute.Pointer,
         counts: cute.Pointer,
         acts: cute.Pointer,
+        first_acts: cute.Pointer,
         parts: cute.Pointer,
         counters: cute.Pointer,
         out: cute.Pointer,
@@ -85,6 +86,7 @@ class DenseKernel:
         columns: cutlass.Int32,
         walks: cutlass.Int32,
         steps: cutlass.Int32,
+        ahead: cutlass.Int32,
         stream,
     ):
         """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
@@ -94,17 +96,18 @@ class DenseKernel:
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
             counts: int32 [experts], nonzeros of alpha.
-            acts: workspace, the decoded activations, as in `decode`.
+            acts: workspace, `DenseTiling.acts_bytes`, the decoded activations as in `decode`.
+            first_acts: of `lists.ListKernel`.
             parts: workspace, `DenseTiling.parts_floats`.
-            counters: `DenseTiling.counters`.
+            counters: `DenseTiling.counters`, of `lists.ListKernel`.
             out: [tokens, hidden].
             expert_chunks: chunks of an expert.
             others: `DenseTiling.work`.
         """
         self.kernel(
-            a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, parts, counters, out, tokens, hidden, experts,
+            a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, first_acts, parts, counters, out, tokens, hidden, experts,
             expert_chunks,
-            Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps),
+            Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps, ahead),
         ).launch(
             grid=(CLUSTER, clusters, 1),
             block=(_GROUP_THREADS * (self.tile.groups + 1), 1, 1),
@@ -117,8 +120,8 @@ class DenseKernel:
     @cute.kernel
     def kernel(
         self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
-        alpha_t: cute.Pointer, counts: cute.Pointer, acts: cute.Pointer, parts: cute.Pointer, counters: cute.Pointer,
-        out: cute.Pointer, tokens: cutlass.Int32, hidden: cutlass.Int32, experts: cutlass.Int32,
+        alpha_t: cute.Pointer, counts: cute.Pointer, acts: cute.Pointer, first_acts: cute.Pointer, parts: cute.Pointer,
+        counters: cute.Pointer, out: cute.Pointer, tokens: cutlass.Int32, hidden: cutlass.Int32, experts: cutlass.Int32,
         expert_chunks: cutlass.Int32, work: Work,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
@@ -132,10 +135,6 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
-        if (warp == 2) | (warp == 3):
-            # Probably the warp's first task: into the L2, before the weights ask for the memory's whole rate.
-            chunk, _, first = work.task(4 * number + 2 * rank + warp - 2)
-            prefetch_task(a_data, a_scale, first, tokens, chunk, work.chunks, tile.a_swizzled)
         # The counts are there: this kernel is launched once every block of the streaming kernel has found the listing kernel
         # complete. So in a routed call all clusters but one come and leave while that kernel still runs.
         dense = ins.is_dense(counts, tokens, experts)
@@ -162,7 +161,7 @@ class DenseKernel:
                         self.copy_weights(ring, w_data, w_scale, alpha_t, hidden, expert_chunks, work, rank, cluster)
                 if warp == 1:
                     with cute.arch.elect_one():
-                        self.copy_activations(ring, acts, ready, work, rank, cluster)
+                        self.copy_activations(ring, acts, first_acts, ready, work, rank, cluster)
                 if warp >= 2:
                     self.decode_activations(a_data, a_scale, acts, ready, taken, tokens, work)
                     # What follows in the stream must find the streaming kernel complete, too.
@@ -211,7 +210,7 @@ class DenseKernel:
         ins.copy_bulk(target, cutlass.Int64(source), cutlass.Int32(size), cutlass.Int32(barrier), ctas, policy)
 
     @cute.jit
-    def copy_activations(self, ring, acts, ready, work, rank, cluster):
+    def copy_activations(self, ring, acts, first_acts, ready, work, rank, cluster):
         """One thread: this CTA's half of every slice of activations, into both CTAs, once its chunk is decoded."""
         policy = cutlass.Int64(ins.EVICT_LAST)
         half = self.slice_bytes // CLUSTER
@@ -220,17 +219,21 @@ class DenseKernel:
             tile, first, last = work.segment(cluster, segment)
             column = tile // work.row_tiles * self.tile.tokens + rank * (self.tile.tokens // CLUSTER)
             for chunk in cutlass.range(first, last, unroll=1):
-                while ins.counted((ready + chunk).toint()) * TASK_TOKENS < work.columns:
-                    pass
+                count = ins.counted((ready + chunk).toint())
+                while count * TASK_TOKENS < work.columns:
+                    count = ins.counted((ready + chunk).toint())
                 ins.fence_async()
+                base, place = acts.toint(), chunk
+                if count >= AHEAD:
+                    base, place = first_acts.toint(), count - AHEAD
                 for near in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_wait(ring.empty + stage, phase)
                     cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts_bytes)
                     barrier = (ring.full + stage).toint()
                     for i in cutlass.range_constexpr(2):
                         target = ring.acts + stage * self.tile.acts_bytes + i * self.slice_bytes + rank * half
-                        slice_ = (chunk * _SLICES + 2 * near + i).to(cutlass.Int64)
-                        source = acts.toint() + (slice_ * work.columns + column) * _SLICE_BYTES
+                        slice_ = (place * _SLICES + 2 * near + i).to(cutlass.Int64)
+                        source = base + (slice_ * work.columns + column) * _SLICE_BYTES
                         self.copy(target, source, half, barrier, policy, CLUSTER)
                     stage, phase = self.after(stage, phase)
 
@@ -248,7 +251,7 @@ class DenseKernel:
             chunk, needed, first = work.task(task)
             if needed:
                 decode_task(
-                    a_data, a_scale, acts, first, tokens, work.columns, chunk, work.chunks, self.tile.a_swizzled
+                    a_data, a_scale, acts.toint(), first, tokens, work.columns, chunk, work.chunks, self.tile.a_swizzled
                 )
                 cute.arch.sync_warp()
                 if lane == 0:

@@ -20,6 +20,13 @@ _SHARED_BYTES = 226 * 1024
 _MAX_STAGES = 8
 #: Tokens of a chunk that a warp decodes at a time.
 TASK_TOKENS = 8
+# Chunks of each stretch of K that are decoded before the dense kernel starts: the first that its own warps decode come
+# 5 us after its start (H200, 2026-11-26).
+_AHEAD = 4
+# Tasks of that at most, about as many warps as run at once.
+_AHEAD_TASKS = 1024
+#: What the counter of a chunk's decoded tokens begins with where they were decoded ahead; its place is added.
+AHEAD = 1 << 24
 # Widest token tile. At 192, which registers would still hold, shared memory has only three stages: M = 384 took 670 us, in
 # tiles of 128 506 (H100, 2026-11-25).
 _WIDEST = 176
@@ -144,6 +151,16 @@ class DenseTiling(Shares):
         """Chunks of the longest of them."""
         return self.chunks if self.walks == 1 else self.bound(1) + 1
 
+    @property
+    def ahead(self) -> int:
+        """Places of the order in which chunks are needed that the listing kernel decodes."""
+        return min(self.walks * min(self.steps, _AHEAD), _AHEAD_TASKS * TASK_TOKENS // self.columns)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Activations decoded ahead: float16 [ahead, 4, columns, 64]."""
+        return self.ahead * CHUNK * self.columns * 2
+
     @functools.cached_property
     def slots(self) -> int:
         """Most clusters that the one with a tile's first chunk waits for."""
@@ -174,7 +191,7 @@ class DenseTiling(Shares):
         """The integers of `work.Work`."""
         return (
             self.row_tiles, self.chunks, self.clusters, self.full, self.streamed, self.aligned, self.cost, self.slots,
-            self.columns, self.walks, self.steps,
+            self.columns, self.walks, self.steps, self.ahead,
         )  # fmt: skip
 
 

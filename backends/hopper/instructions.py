@@ -124,11 +124,6 @@ def load_fresh_if(wanted: Boolean, address: Int64, old: Int32) -> Int32:
     return ptx("@$1 ld.relaxed.gpu.global.b32 $0, [$2];", (Int32,), (wanted, address, old), tied=1)[0]
 
 
-def prefetch_if(wanted: Boolean, address: Int64) -> None:
-    """The line of an address into the L2."""
-    ptx("@$0 prefetch.global.L2 [$1];", (), (wanted, address))
-
-
 def store_global1_if(wanted: Boolean, address: Int64, value: Int32) -> None:
     ptx("@$0 st.global.b32 [$1], $2;", (), (Boolean(wanted), address, value), memory=True)
 

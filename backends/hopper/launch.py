@@ -41,9 +41,11 @@ def run(
     token_of = torch.empty((experts, wide), dtype=torch.int32, device=device)
     weight_of = torch.empty((experts, wide), dtype=torch.float32, device=device)
     alpha_t = torch.empty((experts, tiling.columns), dtype=torch.float32, device=device)
-    # Decoded activations, of the routed form or of the dense one: a call uses only one of them in the end.
-    slots = wide // GROUP * problem.k // CHUNK
-    acts = torch.empty(max(slots * SLOT_BYTES, tiling.acts_bytes) // 4, dtype=torch.int32, device=device)
+    # Decoded activations, of the routed form or of the dense one: a call uses only one of them in the end. What the listing
+    # kernel makes of both lies apart.
+    acts_bytes = max(wide // GROUP * problem.k // CHUNK * SLOT_BYTES, tiling.acts_bytes)
+    acts = torch.empty((acts_bytes + tiling.ahead_bytes) // 4, dtype=torch.int32, device=device)
+    first_acts = acts.data_ptr() + acts_bytes
     # Part sums, the same.
     strips, parts = stream_plan.strips(problem.n, config), stream_plan.parts(problem.n, config, multiprocessors)
     floats = max((parts - 1) * strips * tokens * config.rows, tiling.parts_floats)
@@ -56,13 +58,14 @@ def run(
     weights = b.data.data_ptr(), b.scale.data_ptr()
     launcher(ListConfig(config.a_swizzled))(
         alpha.data_ptr(), *operands, counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), alpha_t.data_ptr(),
-        acts.data_ptr(), counters.data_ptr(), tokens, experts, config.chunks, tiling.columns, counters.numel(), stream,
+        acts.data_ptr(), first_acts, counters.data_ptr(), tokens, experts, config.chunks, before, counters.numel(),
+        *tiling.work, stream,
     )  # fmt: skip
     launcher(config)(
         *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), sums.data_ptr(),
         counters.data_ptr(), out.data_ptr(), tokens, problem.n, parts, stream,
     )  # fmt: skip
     launcher(tiling.kernel)(
-        *operands, *weights, alpha_t.data_ptr(), counts.data_ptr(), acts.data_ptr(), sums.data_ptr(),
-        counters[before:].data_ptr(), out.data_ptr(), tokens, problem.n, experts, tiling.chunks // experts, *tiling.work, stream,
+        *operands, *weights, alpha_t.data_ptr(), counts.data_ptr(), acts.data_ptr(), first_acts, sums.data_ptr(),
+        counters[before:].data_ptr(), out.data_ptr(), tokens, problem.n, experts, config.chunks, *tiling.work, stream,
     )  # fmt: skip

@@ -1,6 +1,8 @@
-"""The first kernel of a call on SM 9.0: what is to do, read from alpha, and the activations of a routed call.
+"""The first kernel of a call on SM 9.0: what is to do, read from alpha, and the activations, before weights ask for the
+memory's whole rate.
 
-They are gathered here, before weights ask for the memory's whole rate: behind those it took 6 us (H200, 2026-11-26).
+A block lists the tokens of an expert and gathers a chunk of them for `stream.py` (behind the weights that took 6 us, H200,
+2026-11-26), or decodes some of what `dense.py` comes to need first. A call uses only one of both.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from cutlass import Int32, Int64
 from cutlass.memory import SmemAllocator
 
 from backends.hopper import instructions as ins
+from backends.hopper.decode import decode_task
+from backends.hopper.dense_plan import AHEAD, CHUNK, TASK_TOKENS
 from backends.hopper.gather import gather_slot, is_late
 from backends.hopper.stream_plan import GROUP, SLOT_BYTES
 from backends.hopper.tactic import PASS_TOKENS, ListConfig
+from backends.hopper.work import Work
 
 _WARPS = 4
 # Loads of alpha that a lane has on its way.
@@ -24,11 +29,11 @@ class ListKernel:
     """One instance per compiled kernel; sizes are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 5
+    INTEGERS = 17
     #: Types and alignments in bytes of the pointers of `__call__`.
     pointers = (
         (Int32, 4), (Int32, 16), (cutlass.Uint8, 4), (Int32, 4), (Int32, 4), (Int32, 4), (Int32, 4), (cutlass.Uint8, 16),
-        (Int32, 4),
+        (cutlass.Float16, 16), (Int32, 4),
     )  # fmt: skip
 
     def __init__(self, config: ListConfig) -> None:
@@ -45,12 +50,25 @@ class ListKernel:
         weight_of: cute.Pointer,
         alpha_t: cute.Pointer,
         gathered: cute.Pointer,
+        first_acts: cute.Pointer,
         counters: cute.Pointer,
         tokens: Int32,
         experts: Int32,
-        chunks: Int32,
-        columns: Int32,
+        expert_chunks: Int32,
+        before: Int32,
         zeros: Int32,
+        row_tiles: Int32,
+        chunks: Int32,
+        clusters: Int32,
+        full: Int32,
+        streamed: Int32,
+        aligned: Int32,
+        cost: Int32,
+        slots: Int32,
+        columns: Int32,
+        walks: Int32,
+        steps: Int32,
+        ahead: Int32,
         stream,
     ):
         """Launch on `stream`.
@@ -62,60 +80,101 @@ class ListKernel:
             token_of, weight_of: int32 and float32 [experts, tokens rounded up to 16]; row e holds counts[e] tokens in
                 ascending order, and their alpha.
             alpha_t: float32 [experts, columns], alpha transposed, then zeros.
-            gathered: slots (`gather`) [experts, eights of tokens, chunks], but for experts that are late.
-            counters: int32 [zeros], of the kernels that follow, set to zero.
-            chunks: of an expert.
+            gathered: slots (`gather`) [experts, eights of tokens, chunks of an expert], but for experts that are late.
+            first_acts: `DenseTiling.ahead_bytes`, activations as in `decode`, chunks in the order in which they are needed.
+            counters: int32 [zeros], of the kernels that follow: zero, but for the dense kernel's of what is decoded ahead.
+            expert_chunks: chunks of an expert.
+            before: counters in front of the dense kernel's.
+            others: `DenseTiling.work`.
         """
+        work = Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps, ahead)
+        tasks = ahead * (columns // TASK_TOKENS)
         self.kernel(
-            alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, counters, tokens, experts, chunks, columns,
-            zeros,
+            alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, first_acts, counters, tokens, experts,
+            expert_chunks, before, zeros, work,
         ).launch(
-            grid=(experts, chunks, 1), block=(32 * _WARPS, 1, 1), stream=stream, use_pdl=True
+            grid=(chunks + cute.ceil_div(tasks, _WARPS), 1, 1), block=(32 * _WARPS, 1, 1), stream=stream, use_pdl=True
         )  # fmt: skip
 
     @cute.kernel
     def kernel(
         self, alpha: cute.Pointer, a_data: cute.Pointer, a_scale: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer,
-        weight_of: cute.Pointer, alpha_t: cute.Pointer, gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32,
-        experts: Int32, chunks: Int32, columns: Int32, zeros: Int32,
+        weight_of: cute.Pointer, alpha_t: cute.Pointer, gathered: cute.Pointer, first_acts: cute.Pointer,
+        counters: cute.Pointer, tokens: Int32, experts: Int32, expert_chunks: Int32, before: Int32, zeros: Int32, work: Work,
     ):  # fmt: skip
         # In this order: no kernel of the call starts before the operands and all scratch memory are its own.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-        expert, chunk, _ = cute.arch.block_idx()
-        # Every warp finds all tokens of the expert, and keeps those of its own slots.
+        warp, block = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.block_idx()[0]
         mine = SmemAllocator().allocate(8 * PASS_TOKENS, 16).toint()
-        writes = (warp == 0) & (chunk == 0)
+        if block < work.chunks:
+            self.list_tokens(
+                mine, alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, tokens, experts, block,
+                expert_chunks, work, warp,
+            )  # fmt: skip
+        else:
+            blocks = work.columns // TASK_TOKENS
+            number = (block - work.chunks) * _WARPS + warp
+            chunk, needed, first = work.task(number)
+            if needed & (number < work.ahead * blocks):
+                line = Int64(work.columns) * (CHUNK * 2)
+                acts = first_acts.toint() + Int64(number // blocks - chunk) * line
+                decode_task(
+                    a_data, a_scale, acts, first, tokens, work.columns, chunk, work.chunks, self.config.a_swizzled
+                )
+        self.reset(counters, before, zeros, work)
+
+    @cute.jit
+    def list_tokens(
+        self, mine, alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, tokens, experts, chunk, expert_chunks,
+        work, warp,
+    ):  # fmt: skip
+        """A block: the tokens of an expert, and a chunk of them."""
+        lane = cute.arch.lane_idx()
+        expert = chunk // expert_chunks
+        # Every warp finds all tokens of the expert, and keeps those of its own slots.
+        writes = (warp == 0) & (chunk % expert_chunks == 0)
         wide = cute.ceil_div(tokens, 16) * 16
         row = Int64(expert) * (wide * 4)
         source = Int64(alpha.toint()) + Int64(expert) * 4
-        column = Int64(alpha_t.toint()) + Int64(expert) * columns * 4
+        column = Int64(alpha_t.toint()) + Int64(expert) * work.columns * 4
         count = Int32(0)
-        for first in cutlass.range(0, columns, 32 * _LOADS, unroll=1):
+        for first in cutlass.range(0, work.columns, 32 * _LOADS, unroll=1):
             rows = [first + 32 * i + lane for i in range(_LOADS)]
             loaded = [ins.load_global1_if(m < tokens, source + Int64(m) * experts * 4) for m in rows]
             for m, bits in zip(rows, loaded):
                 used = bits & 0x7FFFFFFF != 0
                 ballot = cute.arch.vote_ballot_sync(used)
                 place = count + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
-                own = used & (place // GROUP % _WARPS == warp)
-                ins.store2_if(own, mine + place * 8, (m, bits))
-                ins.store_global1_if(writes & (m < columns), column + m * 4, bits)
+                ins.store2_if(used & (place // GROUP % _WARPS == warp), mine + place * 8, (m, bits))
+                ins.store_global1_if(writes & (m < work.columns), column + m * 4, bits)
                 ins.store_global1_if(writes & used, Int64(token_of.toint()) + row + place * 4, m)
                 ins.store_global1_if(writes & used, Int64(weight_of.toint()) + row + place * 4, bits)
                 count += cute.arch.popc(ballot)
         ins.store_global1_if(writes & (lane == 0), Int64((counts + expert).toint()), count)
-        block = expert * chunks + chunk
-        for i in cutlass.range(block * 128 + warp * 32 + lane, zeros, experts * chunks * 128, unroll=1):
-            ins.store_global1_if(i >= 0, Int64((counters + i).toint()), Int32(0))
         cute.arch.sync_warp()
         if ~is_late(count, tokens):
             for first in cutlass.range(warp * GROUP, count, _WARPS * GROUP, unroll=1):
                 place = first + lane % GROUP
                 token, weight = ins.load2_if(place < count, mine + place * 8, (Int32(-1), Int32(0)))
                 eight = Int64(expert) * (wide // GROUP) + first // GROUP
-                slot = Int64(gathered.toint()) + (eight * chunks + chunk) * SLOT_BYTES
-                gather_slot(
-                    a_data, a_scale, token, weight, slot, expert * chunks + chunk, experts * chunks, self.config.a_swizzled
-                )  # fmt: skip
+                slot = Int64(gathered.toint()) + (eight * expert_chunks + chunk % expert_chunks) * SLOT_BYTES
+                gather_slot(a_data, a_scale, token, weight, slot, chunk, work.chunks, self.config.a_swizzled)
+
+    @cute.jit
+    def reset(self, counters, before, zeros, work):
+        """All counters, by all threads."""
+        thread = cute.arch.block_idx()[0] * (32 * _WARPS) + cute.arch.thread_idx()[0]
+        threads = cute.arch.grid_dim()[0] * (32 * _WARPS)
+        taken = before + work.chunks
+        for i in cutlass.range(thread, zeros, threads, unroll=1):
+            value = Int32(0)
+            if i == taken:
+                value = work.ahead * (work.columns // TASK_TOKENS)
+            ins.store_global1_if((i < before) | (i >= taken), Int64((counters + i).toint()), value)
+        for place in cutlass.range(thread, work.walks * work.steps, threads, unroll=1):
+            chunk, needed = work.demanded(place)
+            value = Int32(0)
+            if place < work.ahead:
+                value = AHEAD + place
+            ins.store_global1_if(needed, Int64((counters + before + chunk).toint()), value)

@@ -18,6 +18,7 @@ class Work(Shares):
     columns: cutlass.Int32
     walks: cutlass.Int32
     steps: cutlass.Int32
+    ahead: cutlass.Int32
 
     @cute.jit
     def length(self, cluster):
