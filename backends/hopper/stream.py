@@ -270,6 +270,9 @@ class StreamKernel:
             chunk = blocks * (expert * config.chunks + item % config.chunks)
             if turn > 0:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
+            elif item - first >= 8:
+                # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
+                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - 8), 0)
             full = self._barrier(barriers, "weights_full", stage)
             cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
             target = smem + self.offset["weights"] + stage * config.stage_bytes
