@@ -57,7 +57,8 @@ def test_quarter_of_alpha(config, m, n, schedule) -> None:
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", ["zero", "one_hot", "one_expert"])
 def test_alpha_forms(kind, parts, cluster) -> None:
-    """One expert for 64 tokens takes twice as many slots as there are, and leaves two of three parts without an item."""
+    """One expert for 64 tokens takes twice as many slots as there are, leaves two of three parts without an item, and its
+    activations are gathered here."""
     emulation.run(replace(SMALL, experts=6, cluster=cluster), 64, 96, kind, parts=parts, schedule="lazy")
 
 

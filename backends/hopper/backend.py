@@ -8,13 +8,13 @@ import torch
 
 from backends.cute.backend import dsl_support
 from backends.device import DeviceInfo
+from backends.hopper import launch
 from backends.hopper import tactic as rules
 from backends.hopper.tactic import CAPABILITY, PASS_TOKENS, HopperTactic, KernelConfig
 from backends.interface import Support
 from backends.operand import Nvfp4Tensor, PreparedOperand, scale_shape
 from backends.problem import Fc2Problem
 from backends.triton import layout
-from backends.triton.backend import triton_support
 
 
 class HopperBackend(layout.ReadsFragments):
@@ -22,7 +22,7 @@ class HopperBackend(layout.ReadsFragments):
 
     A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
     (`dense.py`); both are launched, and the one whose turn it is not returns at once, so that alpha never travels to the
-    host. Small kernels list the tokens of each expert and gather the activations first.
+    host. A small kernel (`lists.py`) lists the tokens of each expert and gathers their activations first.
     """
 
     name = "hopper"
@@ -37,7 +37,7 @@ class HopperBackend(layout.ReadsFragments):
     def is_supported(self, device: DeviceInfo) -> Support:
         if device.type != "cuda" or device.capability != CAPABILITY:
             return Support(False, f"the kernels use the warpgroup MMA of SM 9.0; this device is {device.arch}")
-        return dsl_support() and triton_support()  # Triton lists and gathers
+        return dsl_support()
 
     def can_implement(self, problem: Fc2Problem, tactic: HopperTactic) -> Support:
         return rules.can_implement(problem, tactic)
@@ -70,8 +70,6 @@ class HopperBackend(layout.ReadsFragments):
         alpha: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        from backends.hopper import launch  # needs triton
-
         with torch.cuda.device(out.device):
             for first in range(0, problem.m, PASS_TOKENS):
                 # A multiple of 128, where the swizzled scale factors can be split.

@@ -135,25 +135,22 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
-        # The counts are there: this kernel is launched once every block of the streaming kernel has found the listing kernel
-        # complete. So in a routed call all clusters but one come and leave while that kernel still runs.
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(tile.stages):
+                    cute.arch.mbarrier_init(ring.full + i, 2)
+                    cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.cluster_arrive()
+        cute.arch.griddepcontrol_wait()
         dense = ins.is_dense(counts, tokens, experts)
-        if (number == 0) & ~dense:
-            cute.arch.griddepcontrol_wait()
+        cute.arch.cluster_wait()
         if dense:
-            if warp == 0:
-                with cute.arch.elect_one():
-                    for i in cutlass.range_constexpr(tile.stages):
-                        cute.arch.mbarrier_init(ring.full + i, 2)
-                        cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
-                cute.arch.mbarrier_init_fence()
-            cute.arch.cluster_arrive()
             copy_registers, registers = _REGISTERS[tile.groups]
             ready, taken, flags = counters, counters + work.chunks, counters + work.chunks + 1
             # Clusters wait for shares after their own: those must belong to blocks that started before, or a GPU that is
             # shared with others might never have room for them.
             cluster = work.clusters - 1 - number
-            cute.arch.cluster_wait()
             if warp < 4:
                 cute.arch.setmaxregister_decrease(copy_registers)
                 if warp == 0:
@@ -164,8 +161,6 @@ class DenseKernel:
                         self.copy_activations(ring, acts, first_acts, ready, work, rank, cluster)
                 if warp >= 2:
                     self.decode_activations(a_data, a_scale, acts, ready, taken, tokens, work)
-                    # What follows in the stream must find the streaming kernel complete, too.
-                    cute.arch.griddepcontrol_wait()
             else:
                 cute.arch.setmaxregister_increase(registers)
                 self.multiply(ring, parts, flags, out, tokens, hidden, work, rank, cluster, warp - 4)

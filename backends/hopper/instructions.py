@@ -119,11 +119,6 @@ def load_global4(address: Int64, wanted: Boolean | bool = True, dtype: type = Fl
     return ptx(text, (dtype,) * 4, (Boolean(wanted), address, *(dtype(0),) * 4), tied=4, memory=True)
 
 
-def load_fresh_if(wanted: Boolean, address: Int64, old: Int32) -> Int32:
-    """A word that an earlier kernel may have written while this one was already launched, where `wanted`, else `old`."""
-    return ptx("@$1 ld.relaxed.gpu.global.b32 $0, [$2];", (Int32,), (wanted, address, old), tied=1)[0]
-
-
 def store_global1_if(wanted: Boolean, address: Int64, value: Int32) -> None:
     ptx("@$0 st.global.b32 [$1], $2;", (), (Boolean(wanted), address, value), memory=True)
 
@@ -197,7 +192,7 @@ def is_dense(counts: cute.Pointer, tokens: Int32, experts: Int32) -> Boolean:
     """Whether a call is the dense kernel's, asked by a whole warp: where more than a quarter of alpha is nonzero."""
     pairs = Int32(0)
     for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
-        pairs += load_fresh_if(Boolean(True), Int64((counts + e).toint()), Int32(0))
+        pairs += cute.arch.load(counts + e, Int32)
     return cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts
 
 

@@ -25,8 +25,8 @@ def run(
     alpha: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Enqueue one pass: list, stream, multiply. Each kernel is launched while the one before it runs (programmatic
-    dependent launch); what each of them waits for is said in the kernels.
+    """Enqueue one pass: list, multiply, stream, where one of the last two returns at once. Each kernel is launched while the
+    one before it runs (programmatic dependent launch) and waits for it before it touches memory.
 
     Args:
         problem: of the whole call; a_data, a_scale, alpha and out are the pass's rows.
@@ -61,11 +61,11 @@ def run(
         acts.data_ptr(), first_acts, counters.data_ptr(), tokens, experts, config.chunks, before, counters.numel(),
         *tiling.work, stream,
     )  # fmt: skip
-    launcher(config)(
-        *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), sums.data_ptr(),
-        counters.data_ptr(), out.data_ptr(), tokens, problem.n, parts, stream,
-    )  # fmt: skip
     launcher(tiling.kernel)(
         *operands, *weights, alpha_t.data_ptr(), counts.data_ptr(), acts.data_ptr(), first_acts, sums.data_ptr(),
         counters[before:].data_ptr(), out.data_ptr(), tokens, problem.n, experts, config.chunks, *tiling.work, stream,
+    )  # fmt: skip
+    launcher(config)(
+        *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(), sums.data_ptr(),
+        counters.data_ptr(), out.data_ptr(), tokens, problem.n, parts, stream,
     )  # fmt: skip

@@ -102,9 +102,8 @@ class ListKernel:
         weight_of: cute.Pointer, alpha_t: cute.Pointer, gathered: cute.Pointer, first_acts: cute.Pointer,
         counters: cute.Pointer, tokens: Int32, experts: Int32, expert_chunks: Int32, before: Int32, zeros: Int32, work: Work,
     ):  # fmt: skip
-        # In this order: no kernel of the call starts before the operands and all scratch memory are its own.
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
         warp, block = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.block_idx()[0]
         mine = SmemAllocator().allocate(8 * PASS_TOKENS, 16).toint()
         if block < work.chunks:

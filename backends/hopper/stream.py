@@ -123,9 +123,8 @@ class StreamKernel:
         zero = Float32(0.0)
         for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
-        # In this order, for the next kernel's sake: it reads the counts as soon as it starts.
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.sync_threads()
@@ -240,9 +239,10 @@ class StreamKernel:
                     first, chunk = i // config.chunks * GROUP, i % config.chunks
                     left = count - first
                     row = expert * wide + first
-                    at = Int64(row + lane % GROUP) * 4
-                    token = ins.load_fresh_if(lane % GROUP < left, Int64(token_of.toint()) + at, Int32(-1))
-                    weight = ins.load_fresh_if(lane % GROUP < left, Int64(weight_of.toint()) + at, Int32(0))
+                    listed, at = lane % GROUP < left, Int64(row + lane % GROUP) * 4
+                    token = ins.load_global1_if(listed, Int64(token_of.toint()) + at)
+                    token = ins.select(Int32(listed), token, Int32(-1))
+                    weight = ins.load_global1_if(listed, Int64(weight_of.toint()) + at)
                     slot = Int64(gathered.toint()) + (Int64(row // GROUP) * config.chunks + chunk) * SLOT_BYTES
                     gather_slot(
                         a_data, a_scale, token, weight, slot, expert * config.chunks + chunk, config.experts * config.chunks,

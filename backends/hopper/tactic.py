@@ -126,7 +126,7 @@ def default_tactic(problem: Fc2Problem) -> HopperTactic:
     """
     if problem.n <= 66 * 64 and problem.m <= 64:
         return HopperTactic(rows=32, phases=8)
-    return HopperTactic(phases=7, slots=14, cluster=2) if problem.m <= 192 else HopperTactic(phases=5)
+    return HopperTactic(phases=7, slots=14) if problem.m <= 384 else HopperTactic(phases=5)
 
 
 def tactics(problem: Fc2Problem) -> list[HopperTactic]:
@@ -134,9 +134,9 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
     base = default_tactic(problem)
     grid = [
         base,
-        HopperTactic(),
         HopperTactic(64, 5, 12),
         HopperTactic(64, 5, 12, 2),
+        HopperTactic(64, 6, 12),
         HopperTactic(64, 7, 14),
         HopperTactic(64, 7, 14, 2),
         HopperTactic(32, 8, 12),

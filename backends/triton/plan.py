@@ -36,10 +36,10 @@ def wait_for_predecessor():
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "zeros"])
+@triton.jit(do_not_specialize=["tokens", "columns"])
 def list_tokens(
-    alpha, counts, token_of, weight_of, alpha_t, zeroed, tokens, columns, zeros, EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    alpha, counts, token_of, weight_of, alpha_t, tokens, columns, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Per expert (one program each): its tokens in ascending order and their alpha.
 
@@ -48,14 +48,10 @@ def list_tokens(
         token_of, weight_of: int32 and float32 [EXPERTS, tokens rounded up to 16]; row e holds counts[e] of them, then
             tokens -1 up to a multiple of 16.
         alpha_t: float32 [EXPERTS, columns], alpha transposed, then zeros.
-        zeroed: int32 [zeros], counters of the kernels that follow, set to zero.
     """
     if OVERLAP:
         wait_for_predecessor()
     e = tl.program_id(0)
-    for first in range(e * BLOCK, zeros, EXPERTS * BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        tl.store(zeroed + i, i * 0, mask=i < zeros)
     row_of = e.to(tl.int64) * ((tokens + 15) // 16 * 16)
     count = 0
     for first in range(0, columns, BLOCK):
@@ -74,19 +70,17 @@ def list_tokens(
 
 @triton.jit(do_not_specialize=["tokens"])
 def gather_tokens(
-    a_data, a_scale, counts, token_of, weight_of, gathered, tokens,
+    a_data, a_scale, counts, token_of, gathered, tokens,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, INNER: tl.constexpr, A_SWIZZLED: tl.constexpr,
-    ROWS: tl.constexpr, LISTED: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, HAS_DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The decoded activations of each expert's tokens: programs (expert, part of its tokens), nothing if dense.
 
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
-        counts, token_of, weight_of: of `list_tokens`.
+        counts, token_of: of `list_tokens`.
         gathered: int32 [EXPERTS, eights of tokens, INNER / 256, slot], float16 pairs 2^-8 of the values in the order of the
-            right operand; padding tokens are not written. A slot is [quarter 4, word 2, token 8, lane t 4, pair 4]. If
-            LISTED: the eight tokens, -1 for padding, their alpha, then [token 8, piece 8, lane t 4, pair 4], where piece
-            (2 * quarter + word) ^ token keeps the tokens of a piece in different banks of shared memory.
+            right operand; padding tokens are not written. A slot is [quarter 4, word 2, token 8, lane t 4, pair 4].
     """
     if OVERLAP:
         wait_for_predecessor()
@@ -97,7 +91,6 @@ def gather_tokens(
     count = tl.load(counts + e)
     k_words: tl.constexpr = EXPERTS * INNER // 8
     blocks: tl.constexpr = EXPERTS * INNER // 16
-    slot_words: tl.constexpr = 1040 if LISTED else 1024
     word = tl.arange(0, 32)  # of a 256-value chunk: quarter 4, lane t 4, word 2
     quarter, lane, half = word // 8, word // 2 % 4, word % 2
     for first in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
@@ -105,8 +98,6 @@ def gather_tokens(
         m = tl.load(token_of + row_of + slot, mask=slot < count, other=-1)
         present = (slot < count)[:, None] & (word >= 0)[None, :]
         row = m.to(tl.int64)[:, None]
-        if LISTED:
-            weight = tl.load(weight_of + row_of + slot, mask=slot < count, other=0.0).to(tl.int32, bitcast=True)
         for chunk in range(0, INNER // 256):
             column = e * (INNER // 8) + chunk * 32 + word
             code = tl.load(a_data + row * k_words + column[None, :], mask=present, other=0).to(tl.uint32, bitcast=True)
@@ -119,19 +110,11 @@ def gather_tokens(
             unit = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True) * 16384.0
             unit = tl.where((byte & 0x7F) == 0x7F, float("nan"), unit).to(tl.float16)
             eight = (row_of + slot[:, None]) // 8 * (INNER // 256) + chunk
-            if LISTED:
-                token = (slot % 8)[:, None]
-                target = eight * slot_words + 16 + token * 128 + ((quarter * 2 + half)[None, :] ^ token) * 16 + (lane * 4)[None, :]
-            else:
-                target = eight * slot_words + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
+            target = eight * 1024 + (quarter * 256 + half * 128 + lane * 4)[None, :] + (slot % 8 * 16)[:, None]
             even = tl.join(decode_pair(code, unit, 0), decode_pair(code, unit, 2))
             odd = tl.join(decode_pair(code, unit, 1), decode_pair(code, unit, 3))
             four = tl.reshape(tl.join(even, odd), (ROWS, 32, 4)).to(tl.int32, bitcast=True)
             tl.store(gathered + target[:, :, None] + tl.arange(0, 4)[None, None, :], four, mask=present[:, :, None])
-            if LISTED:
-                listed = gathered + ((row_of + slot) // 8 * (INNER // 256) + chunk) * slot_words + slot % 8
-                tl.store(listed, m)
-                tl.store(listed + 8, weight)
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "token_tiles", "programs"])

@@ -80,12 +80,12 @@ def _gathered(
     units = scratch(problem.k // 64 if has_dense else 0, columns, dtype=torch.int32)
 
     list_tokens[(experts,)](
-        alpha, counts, token_of, weight_of, alpha_t, counts, tokens, columns, 0,
+        alpha, counts, token_of, weight_of, alpha_t, tokens, columns,
         EXPERTS=experts, BLOCK=128, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     gather_tokens[(experts, min(4, -(-tokens // 8)))](
-        words, a_scale, counts, token_of, weight_of, gathered, tokens,
-        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, ROWS=8, LISTED=False, HAS_DENSE=has_dense,
+        words, a_scale, counts, token_of, gathered, tokens,
+        EXPERTS=experts, EXPERTS_PADDED=padded, INNER=inner, A_SWIZZLED=a_swizzled, ROWS=8, HAS_DENSE=has_dense,
         OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     fc2_routed[(strips, sets)](
