@@ -125,31 +125,31 @@ def image(a, columns: int) -> torch.Tensor:
     return image
 
 
-def beginning(tiling: DenseTiling, a) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Activations decoded ahead and counters as `backends.hopper.lists` leaves them, and the chunks decoded ahead."""
+def beginning(tiling: DenseTiling, a) -> tuple[torch.Tensor, torch.Tensor, dict[int, int]]:
+    """Activations decoded ahead and counters as `backends.hopper.lists` leaves them, and the places of the chunks."""
     decoded = image(a, tiling.columns).view(tiling.chunks, 4, tiling.columns, 8, 8)
     first = torch.full((max(tiling.ahead, 1), *decoded.shape[1:]), float("nan"), dtype=torch.float16)
-    counters, chunks = torch.zeros(tiling.counters, dtype=torch.int32), []
+    counters, places = torch.zeros(tiling.counters, dtype=torch.int32), {}
     for place in range(tiling.ahead):
         step, stretch = divmod(place, tiling.walks)
         chunk = tiling.bound(stretch) + step
         if chunk < (tiling.bound(stretch + 1) if stretch + 1 < tiling.walks else tiling.chunks):
             first[place] = decoded[chunk]
             counters[chunk] = AHEAD + place
-            chunks.append(chunk)
+            places[chunk] = place
     counters[tiling.chunks] = tiling.ahead * (tiling.columns // 8)
-    return first, counters, chunks
+    return first, counters, places
 
 
 def dense(
     tiling: DenseTiling, hidden: int, a, b, alpha: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and the activations that the kernel decodes, poisoned before; those decoded ahead are put among them."""
+    """out and the activations that the kernel decodes, poisoned before."""
     (tokens, k), experts = a.shape, alpha.shape[1]
     prepared = layout.prepare(b)
     alpha_t = torch.zeros(experts, tiling.columns)
     alpha_t[:, :tokens] = alpha.T
-    first, counters, ahead = beginning(tiling, a)
+    first, counters, _ = beginning(tiling, a)
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
         a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
@@ -158,7 +158,4 @@ def dense(
     )  # fmt: skip
     integers = (tokens, hidden, experts, tiling.chunks // experts, *tiling.work)
     launch(tiling.kernel, buffers, integers, **options)
-    acts = buffers["acts"].view(tiling.chunks, -1)
-    assert acts[ahead].isnan().all(), "decoded twice"
-    acts[ahead] = image(a, tiling.columns).view(tiling.chunks, -1)[ahead]
     return out, buffers["acts"]

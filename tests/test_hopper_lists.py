@@ -22,11 +22,17 @@ from tests.reference import make_alpha, make_operands
 )
 def test_lists_and_first_activations(m, experts, inner, clusters, kind, scales) -> None:
     """Of both forms, with the counters that the other kernels begin with; what is not to be written stays as it was."""
-    k, before = experts * inner, 5
-    a, _ = make_operands(m, 8, k, seed=3, layout=scales)
     alpha = make_alpha(kind, m, experts, torch.Generator().manual_seed(4))
+    check(alpha, inner, clusters, scales, "random", m)
+
+
+def check(alpha: torch.Tensor, inner: int, clusters: int, scales: str, schedule: str, seed: int) -> None:
+    """The kernel on fresh activations, with a negative zero in alpha."""
+    (m, experts), before = alpha.shape, 5
+    a, _ = make_operands(m, 8, experts * inner, seed=3, layout=scales)
+    alpha = alpha.clone()
     alpha[0, 1] = -0.0
-    tiling = dense_tiling(m, 700, k, a_swizzled=scales == "128x4", clusters=clusters)
+    tiling = dense_tiling(m, 700, experts * inner, a_swizzled=scales == "128x4", clusters=clusters)
     lists, slots = emulation.lists(alpha), emulation.slots(a, alpha)
     slots[emulation.late(alpha)] = -7
     first_acts, counters, _ = emulation.beginning(tiling, a)
@@ -38,7 +44,7 @@ def test_lists_and_first_activations(m, experts, inner, clusters, kind, scales) 
         counters=torch.full((before + tiling.counters + 1,), 7, dtype=torch.int32),
     )  # fmt: skip
     integers = (m, experts, inner // 256, before, before + tiling.counters, *tiling.work)
-    emulation.launch(ListConfig(scales == "128x4"), buffers, integers, schedule="random", seed=m)
+    emulation.launch(ListConfig(scales == "128x4"), buffers, integers, schedule=schedule, seed=seed)
     for name, wanted in zip(("counts", "token_of", "weight_of"), lists):
         assert torch.equal(buffers[name].nan_to_num(-9), wanted.nan_to_num(-9)), name
     assert torch.equal(buffers["alpha_t"][:, :m], alpha.T) and not buffers["alpha_t"][:, m:].any()

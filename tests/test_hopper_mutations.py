@@ -14,10 +14,12 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
-from backends.hopper import compiler, dense, stream
+from backends.hopper import compiler, dense, dense_plan, lists, stream
 from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
 from backends.hopper.stream_plan import StreamConfig
+from backends.hopper.tactic import ListConfig
 from tests import hopper_emulation as emulation
+from tests import test_hopper_lists
 from tests.emulator import EmulatorError
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
@@ -25,17 +27,17 @@ CONFIG = StreamConfig(rows=64, phases=2, stages=2, slots=4, tokens=64, experts=4
 EXPECT = "            ins.expect_bytes(full + place * 8, size)\n"
 MINE = "            if here % config.cluster == rank:\n"
 FREE = "            if free == 0:\n                ins.wait(empty + place * 8, phase)\n"
-TURN = "            cute.arch.mbarrier_wait(turn, ((item - 1) // config.phases) & 1)\n"
+TURN = "            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)\n"
 # The lanes of a warp run in step on the emulator, and kernels one after the other: a missing `sync_warp` before an arrival
 # or a missing `griddepcontrol_wait` cannot be found there.
 MUTATIONS = {
     "additions out of turn": (TURN, "            pass\n"),
     "weights overwritten before they are read": (
-        'if turn > 0:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty"',
-        'if turn > 99:\n                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty"',
+        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)',
+        "pass",
     ),
     "weights not awaited": (
-        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), (item // config.stages) & 1)',
+        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), stage_turn)',
         "pass",
     ),
     "activations overwritten before they are read": (FREE, ""),
@@ -44,7 +46,7 @@ MUTATIONS = {
         "free = ins.completed(empty + place * 8, phase ^ 1)",
     ),
     "slots awaited out of order": (
-        "                    cute.arch.mbarrier_wait(acquired, ((item - 1) // config.phases) & 1)\n",
+        '                    cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)\n',
         "                    pass\n",
     ),
     "tokens' list not counted among the bytes": (
@@ -58,12 +60,37 @@ MUTATIONS = {
     ),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
-        "self._list_experts(smem, counts, lane)\n        cute.arch.sync_threads()\n",
-        "self._list_experts(smem, counts, lane)\n",
+        "self._list_experts(smem, counts, tokens, lane)\n        cute.arch.sync_threads()\n",
+        "self._list_experts(smem, counts, tokens, lane)\n",
     ),
     "padding tokens added": ("targets.append((token >= 0, ", "targets.append((token >= -1, "),
-    "fourth group of a pass never multiplied": ("left <= width) |", "left < width) |"),
+    "fourth group of a pass never multiplied": ("left <= width * GROUP) |", "left < width * GROUP - 8) |"),
     "columns past the last stored": ("if column < hidden:", "if column >= 0:"),
+    "next item's slots a turn of the ring too late": (
+        "return slot - turn * self.config.slots, turn & 1",
+        "return slot - turn * self.config.slots, 1 - turn & 1",
+    ),
+    "stages' turns not told apart": (
+        "stage, stage_turn = stage - config.stages, stage_turn ^ 1",
+        "stage, stage_turn = stage - config.stages, stage_turn",
+    ),
+    "slots behind the end of the ring": (
+        "over = Int32(place + slots >= self.config.slots)",
+        "over = Int32(place + slots > self.config.slots)",
+    ),
+    "late slots not awaited": (
+        "while ins.counted((counters + 1).toint()) < late * _STRIPES:",
+        "while ins.counted((counters + 1).toint()) < 0:",
+    ),
+    "late slots not fenced for copies": ("                    ins.fence_async()\n", ""),
+    "late slots announced before they are": (
+        "                for i in cutlass.range(\n                    task",
+        "                if lane == 0:\n                    ins.count_up((counters + 1).toint())\n                for i in cutlass.range(\n                    task",
+    ),
+    "a late expert's slots left out": (
+        "(count + GROUP - 1) // GROUP * config.chunks",
+        "count // GROUP * config.chunks",
+    ),
 }
 # Of a cluster of two CTAs.
 CLUSTER_MUTATIONS = {
@@ -92,7 +119,10 @@ PART_MUTATIONS = {
     "sums of one part too few": ("cutlass.range(parts - 1, unroll=1)", "cutlass.range(parts - 2, unroll=1)"),
     "a part of another strip": ("index * cute.arch.grid_dim()[0] + strip", "index * cute.arch.grid_dim()[0]"),
     "parts that share an item": ("first, last = part * items // parts,", "first, last = (part * items - 1) // parts,"),
-    "slots of the parts before counted": ("            first_slot -= slots_before\n", ""),
+    "slots of the parts before counted": (
+        "place, turn = self._in_ring(slot - origin)",
+        "place, turn = self._in_ring(slot)",
+    ),
     "result stored before all is added": (
         "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n        cute.arch.sync_threads()\n",
         "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n",
@@ -124,19 +154,24 @@ DENSE_MUTATIONS = {
     ),
     "activations copied into one CTA": ("half, barrier, policy, CLUSTER)", "half, barrier, policy)"),
     "activations not awaited": (
-        "while ins.counted((ready + chunk).toint()) * TASK_TOKENS < columns:\n                    pass",
-        "pass",
+        "while count * TASK_TOKENS < work.columns:",
+        "while count * TASK_TOKENS < 0 * work.columns:",
     ),
     "activations not fenced for copies": ("                ins.fence_async()\n", ""),
     "decoded tokens announced before they are": (
-        "                decode_task(",
-        "                if lane == 0:\n                    ins.count_up((ready + chunk).toint())\n                decode_task(",
+        "                decode_task(\n",
+        "                if lane == 0:\n                    ins.count_up((ready + chunk).toint())\n                decode_task(\n",
     ),
     "a task taken twice": ("            task = following\n", "            task = following & ~1\n"),
     "others' sums not awaited": ("while ins.counted(flag) < others:\n                    pass", "pass"),
     "sums of one other cluster too few": ("cutlass.range(others, unroll=1)", "cutlass.range(others - 1, unroll=1)"),
     "the same other sums twice": ("                    theirs += warps * size * 4\n", ""),
     "peer's barriers not awaited": ("experts)\n        cute.arch.cluster_wait()\n", "experts)\n"),
+    "a chunk decoded ahead looked for among the others": ("if count >= AHEAD:", "if count >= 2 * AHEAD:"),
+    "a chunk decoded ahead of another place": (
+        "first_acts.toint(), count - AHEAD",
+        "first_acts.toint(), (count - AHEAD) // 2",
+    ),
     "a turn's operand made while it may be in use": ("wgmma.wait(1)", "pass"),
     "alpha of the wrong expert": ("(chunk // expert_chunks)", "chunk"),
     "columns past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "token + 8 * j < tokens"),
@@ -151,11 +186,37 @@ DENSE_MUTATIONS = {
 }
 
 
+# Of the kernel that lists tokens.
+LIST_MUTATIONS = {
+    "a token of another slot": ("used & (place // GROUP % _WARPS == warp)", "used & (place // GROUP % 2 == warp)"),
+    "slots of late experts": ("if ~is_late(count, tokens):", "if count >= 0:"),
+    "alpha behind the last token not zero": (
+        "ins.store_global1_if(writes & (m < work.columns), column + m * 4, bits)",
+        "ins.store_global1_if(writes & (m < tokens), column + m * 4, bits)",
+    ),
+    "negative zero selects": ("used = bits & 0x7FFFFFFF != 0", "used = bits != 0"),
+    "a chunk of another expert": (
+        "chunk, work.chunks, self.config.a_swizzled)\n\n    @cute.jit\n    def reset",
+        "chunk + 1, work.chunks, self.config.a_swizzled)\n\n    @cute.jit\n    def reset",
+    ),
+    "decoded ahead at the chunk's own place": ("Int64(number // blocks - chunk) * line", "Int64(0) * line"),
+    "more decoded ahead than counted": (
+        "needed & (number < work.ahead * blocks)",
+        "needed & (number < work.ahead * blocks + 1)",
+    ),
+    "tasks decoded ahead left to be taken": (
+        "value = work.ahead * (work.columns // TASK_TOKENS)",
+        "value = work.ahead",
+    ),
+    "counters in front not reset": ("(i < before) | (i >= taken)", "i >= taken"),
+}
+
+
 def alpha() -> torch.Tensor:
     """Several turns of both rings; some experts with more groups of tokens than the ring of activations has slots."""
     generator = torch.Generator().manual_seed(2)
     values = torch.randn((60, 40), generator=generator) * (torch.rand((60, 40), generator=generator) < 0.15)
-    values[:, ::19] = 1.5
+    values[:, ::19] = 1.5  # all tokens: gathered by the streaming kernel
     return values
 
 
@@ -167,6 +228,19 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
     emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed, parts=parts)
 
 
+def listing(schedule: str, seed: int) -> None:
+    """Several slots a warp, chunks of an expert, stretches of K walked at once, experts that are late."""
+    for m, experts, inner, clusters, kind in (
+        (70, 5, 512, 3, "ragged"),
+        (21, 5, 512, 7, "dense"),
+        (100, 6, 256, 2, "late"),
+    ):
+        weights = make_alpha("ragged" if kind == "late" else kind, m, experts, torch.Generator().manual_seed(4))
+        if kind == "late":
+            weights[:60, 2] = 1.5
+        test_hopper_lists.check(weights, inner, clusters, "128x4", schedule, seed)
+
+
 def multiplying(schedule: str, seed: int) -> None:
     """More chunks than the ring has stages, tiles shared by two clusters and by three, experts of two chunks, tokens and
     rows that do not fill their tiles, results stored in whole sectors and one by one."""
@@ -176,6 +250,12 @@ def multiplying(schedule: str, seed: int) -> None:
         tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
         out, _ = emulation.dense(tiling, n, a, b, weights, schedule=schedule, seed=seed)
         assert_meets_bar(out, *reference(a, b, weights))
+
+
+@pytest.fixture(autouse=True)
+def little_ahead(monkeypatch):
+    """Small problems leave activations to the dense kernel, too."""
+    monkeypatch.setattr(dense_plan, "_AHEAD", 1)
 
 
 @pytest.fixture
@@ -217,8 +297,18 @@ def test_fault_of_the_dense_kernel_is_reported(fault, plant) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("fault", LIST_MUTATIONS)
+def test_fault_of_the_listing_kernel_is_reported(fault, plant) -> None:
+    plant(lists, "ListKernel", ListConfig, *LIST_MUTATIONS[fault])
+    with pytest.raises((EmulatorError, AssertionError)):
+        for schedule, seed in SCHEDULES:
+            listing(schedule, seed)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "call", [streaming, functools.partial(streaming, cluster=2), functools.partial(streaming, parts=2), multiplying]
+    "call",
+    [streaming, functools.partial(streaming, cluster=2), functools.partial(streaming, parts=2), multiplying, listing],
 )
 def test_the_same_calls_without_a_fault(call) -> None:
     for schedule, seed in SCHEDULES:

@@ -186,7 +186,7 @@ class DenseTiling(Shares):
         CTA of the cluster, warp]."""
         return self.chunks + 1 + self.streamed * CLUSTER * self.kernel.warps
 
-    @functools.cached_property
+    @property
     def work(self) -> tuple[int, ...]:
         """The integers of `work.Work`."""
         return (
