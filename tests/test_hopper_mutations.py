@@ -29,7 +29,8 @@ MINE = "            if here % config.cluster == rank:\n"
 FREE = "            if free == 0:\n                ins.wait(empty + place * 8, phase)\n"
 TURN = "            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)\n"
 # The lanes of a warp run in step on the emulator, and kernels one after the other: a missing `sync_warp` before an arrival
-# or a missing `griddepcontrol_wait` cannot be found there.
+# or a missing `griddepcontrol_wait` cannot be found there. Nor, in the streaming kernel, a peer's barriers that are not
+# awaited: no schedule lets a CTA list all experts before the other has started.
 MUTATIONS = {
     "additions out of turn": (TURN, "            pass\n"),
     "weights overwritten before they are read": (
@@ -94,7 +95,7 @@ MUTATIONS = {
 }
 # Of a cluster of two CTAs.
 CLUSTER_MUTATIONS = {
-    "slots freed by one CTA's consumers": ("blocks * self.config.cluster,", "blocks,"),
+    "slots freed by one CTA's consumers": ('"slot_empty": blocks * self.config.cluster', '"slot_empty": blocks'),
     "slots released to the own CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = None"),
     "slots released to the first CTA, twice": ("peer = lane if config.cluster > 1 else None", "peer = lane * 0"),
     "bytes expected before the slot is free": (FREE, FREE.replace("free == 0", "(free == 0) & (place % 2 == rank)")),
@@ -103,10 +104,6 @@ CLUSTER_MUTATIONS = {
     "activations copied into one CTA": (
         "source, size, full + here * 8, config.cluster)",
         "source, size, full + here * 8)",
-    ),
-    "peer's barriers not awaited": (
-        "            cute.arch.cluster_wait()\n        cute.arch.sync_threads()\n",
-        "            pass\n        cute.arch.sync_threads()\n",
     ),
     "peer's last signals not awaited": ("                cute.arch.cluster_wait()\n", "                pass\n"),
 }
@@ -232,7 +229,7 @@ def listing(schedule: str, seed: int) -> None:
     """Several slots a warp, chunks of an expert, stretches of K walked at once, experts that are late."""
     for m, experts, inner, clusters, kind in (
         (70, 5, 512, 3, "ragged"),
-        (21, 5, 512, 7, "dense"),
+        (21, 5, 512, 6, "dense"),
         (100, 6, 256, 2, "late"),
     ):
         weights = make_alpha("ragged" if kind == "late" else kind, m, experts, torch.Generator().manual_seed(4))
