@@ -2,8 +2,8 @@
 
 A cluster of two CTAs takes a tile of neighbouring rows of B and up to 176 tokens, and walks K in stages of 128:
 
-- the activations are decoded to float16 once per call, in the order in which clusters come to need them, and are copied
-  through the L2: both CTAs need them, each fetches half of them and multicasts it to both;
+- the activations are decoded to float16 once per call, in the order in which clusters come to need them, the first by
+  `lists`, and are copied through the L2: both CTAs need them, each fetches half of them and multicasts it to both;
 - each CTA streams its own rows' prepared weights. Groups of four warps decode 64 rows each in registers, the left
   operand, and multiply: while some steps of 16 values of K are multiplied, the next are decoded. The partial sum of a
   chunk of 256 and the running total, `total += alpha * partial`, are both float32 registers.
@@ -242,7 +242,7 @@ class DenseKernel:
         tasks = work.walks * work.steps * (work.columns // TASK_TOKENS)
         task = ins.take(taken.toint(), lane)
         while task < tasks:
-            following = ins.take(taken.toint(), lane)  # on its way while this one is done
+            following = ins.take(taken.toint(), lane)
             chunk, needed, first = work.task(task)
             if needed:
                 decode_task(

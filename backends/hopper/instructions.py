@@ -89,10 +89,6 @@ def store2_if(wanted: Boolean, address: Int32, values: tuple) -> None:
     ptx("@$0 st.shared.v2.b32 [$1], {$2, $3};", (), (wanted, address, *values))
 
 
-def store1_if(wanted: Boolean, address: Int32, value: Int32) -> None:
-    ptx("@$0 st.shared.b32 [$1], $2;", (), (wanted, address, value))
-
-
 def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
     ptx("@$0 st.shared.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
 

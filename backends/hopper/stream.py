@@ -34,6 +34,8 @@ from backends.hopper.stream_plan import (
     StreamConfig,
 )  # fmt: skip
 
+# Stages of weights that are asked for before the first are there.
+_FIRST_STAGES = 8
 # Tasks of gathering a late expert.
 _STRIPES = 16
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
@@ -270,9 +272,9 @@ class StreamKernel:
             chunk = blocks * (expert * config.chunks + item % config.chunks)
             if turn > 0:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
-            elif item - first >= 8:
+            elif item - first >= _FIRST_STAGES:
                 # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
-                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - 8), 0)
+                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - _FIRST_STAGES), 0)
             full = self._barrier(barriers, "weights_full", stage)
             cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
             target = smem + self.offset["weights"] + stage * config.stage_bytes
@@ -344,7 +346,7 @@ class StreamKernel:
         origin = self._first_slot(smem, begin)[0]
         slot, members = self._first_slot(smem, begin + cutlass.min(phase, last))
         place, turn = self._in_ring(slot - origin)
-        stage, stage_turn, before_turn = phase + 0, Int32(0), Int32(phase == 0)
+        stage, stage_turn, before_turn = phase, Int32(0), Int32(phase == 0)
         for item in cutlass.range(phase, last, config.phases, unroll=1):
             cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), stage_turn)
             source = weights + stage * config.stage_bytes
@@ -364,8 +366,8 @@ class StreamKernel:
                 for width, narrower in zip(config.widths, (0, *config.widths)):
                     if (left > narrower * GROUP) & ((left <= width * GROUP) | (width == widest)):
                         self._multiply(
-                            smem, barriers, width, words, scales, here, here_turn, left, before_turn, (first == 0) & (item > 0),
-                            block, warp, before_me, lane,
+                            smem, barriers, width, words, scales, here, here_turn, left, (first == 0) & (item > 0), block,
+                            warp, lane,
                         )  # fmt: skip
                 left -= widest * GROUP
                 here, here_turn = self._after(here, here_turn, widest)
@@ -396,8 +398,7 @@ class StreamKernel:
 
     @cute.jit
     def _multiply(
-        self, smem, barriers, width: cutlass.Constexpr, words, scales, place, turn, members, before_turn, first, block, warp,
-        before_me, lane,
+        self, smem, barriers, width: cutlass.Constexpr, words, scales, place, turn, members, first, block, warp, lane,
     ):  # fmt: skip
         """Up to `width` slots of an item, from a place in the ring on.
 
