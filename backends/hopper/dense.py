@@ -242,7 +242,7 @@ class DenseKernel:
         tasks = work.walks * work.steps * (work.columns // TASK_TOKENS)
         task = ins.take(taken.toint(), lane)
         while task < tasks:
-            following = ins.take(taken.toint(), lane)
+            following = ins.take(taken.toint(), lane)  # asked for before this one is done
             chunk, needed, first = work.task(task)
             if needed:
                 decode_task(

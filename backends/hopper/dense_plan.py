@@ -20,8 +20,8 @@ _SHARED_BYTES = 226 * 1024
 _MAX_STAGES = 8
 #: Tokens of a chunk that a warp decodes at a time.
 TASK_TOKENS = 8
-# Chunks of each stretch of K that are decoded before the dense kernel starts: the first that its own warps decode come
-# 5 us after its start (H200, 2026-11-26).
+# Chunks of each stretch of K that are decoded before the dense kernel starts: its own warps' first come late, M = 256 took
+# 3 to 5 us more without (H200, 2026-11-26).
 _AHEAD = 4
 # Tasks of that at most, about as many warps as run at once.
 _AHEAD_TASKS = 1024
