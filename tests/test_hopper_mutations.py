@@ -171,6 +171,11 @@ DENSE_MUTATIONS = {
     ),
     "a turn's operand made while it may be in use": ("wgmma.wait(1)", "pass"),
     "alpha of the wrong expert": ("(chunk // expert_chunks)", "chunk"),
+    "alpha looked for in a chunk's first half": (
+        "alpha_at + second * self.stage_bytes",
+        "alpha_at + stage * self.stage_bytes",
+    ),
+    "alpha of other tokens": ("self.load_alpha(here, 0, soon)", "self.load_alpha(here, 8, soon + 8)"),
     "columns past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "token + 8 * j < tokens"),
     "tokens past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "row < hidden"),
     "columns past the last stored one by one": (" & (row + i // 2 * 8 < hidden)", ""),

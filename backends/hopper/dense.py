@@ -337,9 +337,9 @@ class DenseKernel:
     def alpha_parts(self) -> tuple[int, int]:
         """Tokens whose alpha is loaded in the turn before a chunk's last, and by the end of the last.
 
-        Copies, the tensor cores' reads and the warps' loads keep shared memory busy five cycles of six: loads that come all
-        at once hold up the products. In parts, as registers have room: M = 256, 384 and 512 take 1.4 to 2.3% less (H200,
-        2026-11-26).
+        By count, copies, the tensor cores' reads and the warps' loads keep shared memory busy five cycles of six: loads that
+        come all at once hold up the products. In parts, as registers have room: M = 256, 384 and 512 take 1.4 to 2.3% less
+        (H200, 2026-11-26).
         """
         tokens = self.tile.tokens
         if tokens <= 64:
