@@ -10,13 +10,17 @@ import torch
 from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
-from backends.hopper.dense_plan import AHEAD, DenseTiling
+from backends.hopper.dense_plan import AHEAD, STREAM_TOKENS, DenseTiling
 from backends.hopper.stream_plan import GATHER_COUNTERS, StreamConfig, strips
 from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
 from backends.triton import layout
 from tests.emulator import Report, compile_target, emulate
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
+
+
+#: No number, and no token.
+POISON = 0x7FC00000
 
 
 @functools.lru_cache(maxsize=None)
@@ -54,17 +58,26 @@ def lists(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def late(alpha: torch.Tensor) -> torch.Tensor:
     """Experts that `backends.hopper.gather.is_late` tells."""
     counts = (alpha != 0).sum(0)
-    return (counts > 8) & (2 * counts > len(alpha))
+    return (2 * counts > len(alpha)) & (len(alpha) > STREAM_TOKENS)
+
+
+def looked_at(alpha: torch.Tensor) -> torch.Tensor:
+    """Where the kernels look to tell whether alpha is dense: eight tokens, all of their experts or 256."""
+    m, experts = alpha.shape
+    mask, rows, columns = torch.zeros(m, experts, dtype=torch.bool), min(m, 8), min(experts, 256)
+    for i in range(rows):
+        mask[i * m // rows, (i * experts // rows + torch.arange(columns)) % experts] = True
+    return mask
 
 
 def slots(a, alpha: torch.Tensor) -> torch.Tensor:
-    """Slots as `backends.hopper.gather` makes them, int32 [experts, eights of tokens, chunks, 1040]; -7 where it writes none."""
+    """Slots as `backends.hopper.gather` makes them, int32 [experts, eights of tokens, chunks, 1040]; poison where it writes none."""
     (tokens, k), experts = a.shape, alpha.shape[1]
     eights, chunks = -(-tokens // 16) * 2, k // experts // 256
     values = (a.dequantize().double() / 256).half().view(tokens, experts, chunks, 4, 4, 2, 8)  # ... q t w value
     pairs = values[..., [0, 4, 1, 5, 2, 6, 3, 7]].permute(0, 1, 2, 3, 5, 4, 6).contiguous().view(torch.int32)
     pieces = pairs.view(tokens, experts, chunks, 8, 16)  # piece 2q + w, word
-    out = torch.full((experts, eights, chunks, 1040), -7, dtype=torch.int32)
+    out = torch.full((experts, eights, chunks, 1040), POISON, dtype=torch.int32)
     for e in range(experts):
         chosen = alpha[:, e].nonzero().flatten()
         for i, token in enumerate(chosen.tolist()):
@@ -98,10 +111,10 @@ def run(
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     expected = slots(a, alpha)
     gathered = expected.clone()
-    gathered[late(alpha)] = -7  # the kernel gathers these itself
+    gathered[late(alpha)] = POISON  # the kernel gathers these itself
     counts, token_of, weight_of = lists(alpha)
     tensors = dict(
-        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=gathered,
+        alpha=alpha, a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=gathered,
         counts=counts, token_of=token_of, weight_of=weight_of,
         sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
         counters=torch.zeros(GATHER_COUNTERS + strips(n, config), dtype=torch.int32), out=out,
@@ -152,8 +165,8 @@ def dense(
     first, counters, _ = beginning(tiling, a)
     out = torch.full((tokens, hidden), float("nan"), dtype=out_dtype)
     buffers = dict(
-        a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
-        counts=(alpha != 0).sum(0).int(), acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
+        alpha=alpha, a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, alpha_t=alpha_t,
+        acts=torch.full((k // 64, tiling.columns, 64), float("nan"), dtype=torch.float16),
         first_acts=first, parts=torch.full((max(tiling.parts_floats, 4),), float("nan")), counters=counters, out=out,
     )  # fmt: skip
     integers = (tokens, hidden, experts, tiling.chunks // experts, *tiling.work)

@@ -9,6 +9,7 @@ import torch
 import backends
 from backends import DeviceInfo, Fc2Problem
 from backends.hopper import tactic as rules
+from backends.hopper.dense_plan import STREAM_TOKENS
 from backends.hopper.stream_plan import SMEM_BYTES
 from backends.hopper.tactic import PASS_TOKENS, HopperTactic, stream_config
 from backends.triton.tactic import PREPARED
@@ -74,7 +75,7 @@ def test_passes_make_up_the_call():
 # ---- the launches
 
 
-@pytest.mark.parametrize("m", [40, 700])
+@pytest.mark.parametrize("m", [16, 40, 700])
 def test_launches_of_a_call(m, monkeypatch):
     """The order of the kernels of each pass, and as many values for each DSL kernel as it was compiled for."""
     pytest.importorskip("cutlass")
@@ -107,5 +108,5 @@ def test_launches_of_a_call(m, monkeypatch):
         rows = slice(first, first + PASS_TOKENS)
         config = stream_config(problem, HopperTactic(), min(PASS_TOKENS, m - first))
         launch.run(problem, config, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
-    one = ["ListKernel", "DenseKernel", "StreamKernel"]
+    one = ["ListKernel", "StreamKernel", *["DenseKernel"] * (m > STREAM_TOKENS)]
     assert order == one * -(-m // PASS_TOKENS)

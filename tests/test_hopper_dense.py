@@ -100,7 +100,7 @@ def little_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("scales", ["128x4", "linear"])
-@pytest.mark.parametrize("tokens, ahead", [(5, 1), (5, 0), (130, 2), (130, 9)])
+@pytest.mark.parametrize("tokens, ahead", [(17, 1), (17, 0), (130, 2), (130, 9)])
 def test_decoded_activations(tokens, ahead, scales, emulation, monkeypatch):
     """All that are not decoded ahead, and no others."""
     monkeypatch.setattr(dense_plan, "_AHEAD", ahead)

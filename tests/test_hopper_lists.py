@@ -34,12 +34,12 @@ def check(alpha: torch.Tensor, inner: int, clusters: int, scales: str, schedule:
     alpha[0, 1] = -0.0
     tiling = dense_tiling(m, 700, experts * inner, a_swizzled=scales == "128x4", clusters=clusters)
     lists, slots = emulation.lists(alpha), emulation.slots(a, alpha)
-    slots[emulation.late(alpha)] = -7
+    slots[emulation.late(alpha)] = emulation.POISON
     first_acts, counters, _ = emulation.beginning(tiling, a)
     buffers = dict(
         alpha=alpha, a_data=a.data, a_scale=a.scale, counts=torch.full_like(lists[0], 1 << 30),
         token_of=torch.full_like(lists[1], 1 << 30), weight_of=torch.full_like(lists[2], float("nan")),
-        alpha_t=torch.full((experts, tiling.columns), float("nan")), gathered=torch.full_like(slots, -7),
+        alpha_t=torch.full((experts, tiling.columns), float("nan")), gathered=torch.full_like(slots, emulation.POISON),
         first_acts=torch.full_like(first_acts, float("nan")),
         counters=torch.full((before + tiling.counters + 1,), 7, dtype=torch.int32),
     )  # fmt: skip

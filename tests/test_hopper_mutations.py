@@ -61,7 +61,7 @@ MUTATIONS = {
     ),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
-        "self._list_experts(smem, counts, tokens, lane)\n        cute.arch.sync_threads()\n",
+        "self._list_experts(smem, counts, tokens, lane)\n            cute.arch.sync_threads()\n",
         "self._list_experts(smem, counts, tokens, lane)\n",
     ),
     "padding tokens added": ("targets.append((token >= 0, ", "targets.append((token >= -1, "),
@@ -80,10 +80,10 @@ MUTATIONS = {
         "over = Int32(place + slots > self.config.slots)",
     ),
     "late slots not awaited": (
-        "while ins.counted((counters + 1).toint()) < late * _STRIPES:",
+        "while ins.counted((counters + 1).toint()) < tasks:",
         "while ins.counted((counters + 1).toint()) < 0:",
     ),
-    "late slots not fenced for copies": ("                    ins.fence_async()\n", ""),
+    "late slots not fenced for copies": ("                        ins.fence_async()\n", ""),
     "late slots announced before they are": (
         "                for i in cutlass.range(\n                    task",
         "                if lane == 0:\n                    ins.count_up((counters + 1).toint())\n                for i in cutlass.range(\n                    task",
@@ -106,6 +106,13 @@ CLUSTER_MUTATIONS = {
         "source, size, full + here * 8)",
     ),
     "peer's last signals not awaited": ("                cute.arch.cluster_wait()\n", "                pass\n"),
+}
+# Of few tokens, whose experts the kernel counts itself.
+FEW_MUTATIONS = {
+    "counts not awaited": ("        if ~dense:\n            cute.arch.sync_threads()\n", "        if ~dense:\n"),
+    "the last token not counted": ("for m in range(self.config.tokens)]", "for m in range(self.config.tokens - 1)]"),
+    "negative zero counted": ("sum(Int32(bits & 0x7FFFFFFF != 0)", "sum(Int32(bits != 0)"),
+    "experts behind the last one": ("[count * Int32(mine + i < experts) for", "[count for"),
 }
 # Of strips in several parts.
 PART_MUTATIONS = {
@@ -133,10 +140,10 @@ DENSE_MUTATIONS = {
         "if cutlass.const_expr(turn == count // 2):",
         "if cutlass.const_expr(turn == 1):",
     ),
-    "next chunk not awaited": ("cute.arch.mbarrier_wait(ring.full + following, following_phase)", "pass"),
-    "next chunk's second half not awaited": ("cute.arch.mbarrier_wait(ring.full + after, after_phase)", "pass"),
+    "next chunk not awaited": ("ins.wait(full_at + following * 8, following_phase)", "pass"),
+    "next chunk's second half not awaited": ("ins.wait(full_at + after * 8, after_phase)", "pass"),
     "weights overwritten before they are read": (
-        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
+        "cute.arch.mbarrier_wait(ring.empty + stage, phase)\n        cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
         "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data",
     ),
     "activations overwritten before they are read": (
@@ -144,7 +151,15 @@ DENSE_MUTATIONS = {
         "cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.acts",
     ),
     "stages freed by one CTA": ("ring.empty + i, CLUSTER * tile.warps", "ring.empty + i, tile.warps"),
-    "stages given back to the first CTA only": ("if lane < CLUSTER:", "if lane < 1:"),
+    "stages given back to the first CTA only": ("cutlass.Int32(lane < CLUSTER)", "cutlass.Int32(lane < 1)"),
+    "stages given back to one CTA twice": (
+        "ring.empty.toint(), lane % CLUSTER)",
+        "ring.empty.toint(), lane // CLUSTER)",
+    ),
+    "nothing given behind the last chunk": (
+        "        self.copy_nothing(ring, stage, phase)\n        self.copy_nothing(ring, *self.after(stage, phase))\n",
+        "",
+    ),
     "scale factors and alpha not counted among the bytes": (
         "self.tile.data_bytes + aside_bytes)",
         "self.tile.data_bytes)",
@@ -163,19 +178,22 @@ DENSE_MUTATIONS = {
     "others' sums not awaited": ("while ins.counted(flag) < others:\n                    pass", "pass"),
     "sums of one other cluster too few": ("cutlass.range(others, unroll=1)", "cutlass.range(others - 1, unroll=1)"),
     "the same other sums twice": ("                    theirs += warps * size * 4\n", ""),
-    "peer's barriers not awaited": ("experts)\n        cute.arch.cluster_wait()\n", "experts)\n"),
+    "peer's barriers not awaited": (
+        "        cute.arch.cluster_wait()\n        if dense:",
+        "        if dense:",
+    ),
     "a chunk decoded ahead looked for among the others": ("if count >= AHEAD:", "if count >= 2 * AHEAD:"),
     "a chunk decoded ahead of another place": (
         "first_acts.toint(), count - AHEAD",
         "first_acts.toint(), (count - AHEAD) // 2",
     ),
     "a turn's operand made while it may be in use": ("wgmma.wait(1)", "pass"),
-    "alpha of the wrong expert": ("(chunk // expert_chunks)", "chunk"),
+    "alpha of the wrong expert": ("(chunk // expert_chunks * work", "(chunk * work"),
     "alpha looked for in a chunk's first half": (
         "alpha_at + second * self.stage_bytes",
         "alpha_at + stage * self.stage_bytes",
     ),
-    "alpha of other tokens": ("self.load_alpha(here, 0, soon)", "self.load_alpha(here, 8, soon + 8)"),
+    "alpha of other tokens": ("self.load_alpha(here, 0, early)", "self.load_alpha(here, 8, early + 8)"),
     "columns past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "token + 8 * j < tokens"),
     "tokens past the last stored": ("(token + 8 * j < tokens) & (row < hidden)", "row < hidden"),
     "columns past the last stored one by one": (" & (row + i // 2 * 8 < hidden)", ""),
@@ -190,7 +208,12 @@ DENSE_MUTATIONS = {
 
 # Of the kernel that lists tokens.
 LIST_MUTATIONS = {
-    "a token of another slot": ("used & (place // GROUP % _WARPS == warp)", "used & (place // GROUP % 2 == warp)"),
+    "other warps' tokens not counted": ("cute.arch.sync_threads()\n        own = ", "own = "),
+    "a warp's own tokens counted before them": (
+        "cute.arch.shuffle_sync(scan - own, warp",
+        "cute.arch.shuffle_sync(scan, warp",
+    ),
+    "other warps' tokens not awaited": ("cute.arch.sync_threads()\n        if ~is_late", "if ~is_late"),
     "slots of late experts": ("if ~is_late(count, tokens):", "if count >= 0:"),
     "alpha behind the last token not zero": (
         "ins.store_global1_if(writes & (m < work.columns), column + m * 4, bits)",
@@ -230,6 +253,14 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
     emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed, parts=parts)
 
 
+def few(schedule: str, seed: int) -> None:
+    """More experts than a warp lists at a time; the last token alone selects the last of them."""
+    config = replace(CONFIG, tokens=16, experts=261)
+    weights = torch.zeros(16, 261)
+    weights[::3, ::50], weights[15, 260], weights[3, 7] = 1.5, -2.0, -0.0
+    emulation.run(config, 16, 64, weights, schedule=schedule, emulator_seed=seed)
+
+
 def listing(schedule: str, seed: int) -> None:
     """Several slots a warp, chunks of an expert, stretches of K walked at once, experts that are late."""
     for m, experts, inner, clusters, kind in (
@@ -246,7 +277,7 @@ def listing(schedule: str, seed: int) -> None:
 def multiplying(schedule: str, seed: int) -> None:
     """More chunks than the ring has stages, tiles shared by two clusters and by three, experts of two chunks, tokens and
     rows that do not fill their tiles, results stored in whole sectors and one by one."""
-    for m, n, experts, inner, clusters in ((13, 1100, 7, 256, 2), (13, 502, 3, 512, 3)):
+    for m, n, experts, inner, clusters in ((21, 1100, 7, 256, 2), (21, 502, 3, 512, 3)):
         a, b = make_operands(m, n, experts * inner, 1)
         weights = make_alpha("dense", m, experts, torch.Generator().manual_seed(3))
         tiling = dense_tiling(m, n, experts * inner, clusters=clusters)
@@ -281,11 +312,15 @@ def plant(monkeypatch, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS])
+@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS, *FEW_MUTATIONS])
 def test_fault_of_the_streaming_kernel_is_reported(fault, plant) -> None:
-    plant(stream, "StreamKernel", StreamConfig, *{**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS}[fault])
+    faults = {**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS, **FEW_MUTATIONS}
+    plant(stream, "StreamKernel", StreamConfig, *faults[fault])
     with pytest.raises((EmulatorError, AssertionError)):
         for schedule, seed in SCHEDULES:
+            if fault in FEW_MUTATIONS:
+                few(schedule, seed)
+                continue
             streaming(schedule, seed, 2 if fault in CLUSTER_MUTATIONS else 1, 2 if fault in PART_MUTATIONS else 1)
 
 
@@ -310,7 +345,14 @@ def test_fault_of_the_listing_kernel_is_reported(fault, plant) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     "call",
-    [streaming, functools.partial(streaming, cluster=2), functools.partial(streaming, parts=2), multiplying, listing],
+    [
+        streaming,
+        functools.partial(streaming, cluster=2),
+        functools.partial(streaming, parts=2),
+        few,
+        multiplying,
+        listing,
+    ],
 )
 def test_the_same_calls_without_a_fault(call) -> None:
     for schedule, seed in SCHEDULES:

@@ -23,12 +23,13 @@ SMALL = StreamConfig(rows=64, phases=2, stages=3, slots=4, tokens=64, experts=5,
 
 
 def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
-    """Alpha of both signs, a quarter of it nonzero: the most that this kernel takes."""
+    """Alpha of both signs, a quarter nonzero of all, and of what the kernels look at: the most that this one takes."""
     values = torch.randn((m, experts), generator=generator)
-    kept = torch.rand(m * experts, generator=generator).argsort()[: m * experts // 4]
-    used = torch.zeros(m * experts)
-    used[kept] = 1
-    return values * used.view(m, experts)
+    for part in (emulation.looked_at(values), ~emulation.looked_at(values)):
+        places = part.nonzero()
+        dropped = places[torch.rand(len(places), generator=generator).argsort()[len(places) // 4 :]]
+        values[tuple(dropped.T)] = 0
+    return values
 
 
 @pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
@@ -92,6 +93,22 @@ def test_one_expert_of_many_tokens() -> None:
     alpha = torch.zeros(200, 4)
     alpha[:, 2] = torch.randn(200, generator=torch.Generator().manual_seed(0))
     emulation.run(config, 200, 64, alpha, schedule="random")
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
+@pytest.mark.parametrize(
+    ("changes", "m", "n", "kind", "parts"),
+    [
+        ({}, 1, 64, "dense", 1),
+        ({}, 7, 100, "ragged", 1),
+        ({}, 16, 72, "dense", 2),
+        ({"experts": 261, "cluster": 2}, 9, 70, "ragged", 1),
+        ({"chunks": 2, "cluster": 2}, 16, 100, "zero", 3),
+        ({"rows": 32}, 16, 64, "one_expert", 1),
+    ],
+)
+def test_few_tokens_are_streamed_whatever_alpha_is(changes, m, n, kind, parts, schedule) -> None:
+    emulation.run(replace(SMALL, tokens=16, **changes), m, n, kind, seed=m, schedule=schedule, parts=parts)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

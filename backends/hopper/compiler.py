@@ -22,7 +22,7 @@ ARCH = "sm_90a"
 _SOURCES = tuple(
     Path(__file__).parent / name
     for name in (
-        "lists.py", "gather.py", "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "work.py",
+        "lists.py", "gather.py", "form.py", "stream.py", "stream_plan.py", "decode.py", "dense.py", "dense_plan.py", "work.py",
         "wgmma.py", "instructions.py", "compiler.py",
     )
 )  # fmt: skip

@@ -23,7 +23,8 @@ from cutlass.memory import SmemAllocator
 from backends.hopper import instructions as ins
 from backends.hopper import wgmma
 from backends.hopper.decode import decode_task
-from backends.hopper.dense_plan import AHEAD, CLUSTER, TASK_TOKENS, DenseKernelTile
+from backends.hopper.dense_plan import AHEAD, CLUSTER, TASK_TOKENS, VOTES_BYTES, DenseKernelTile
+from backends.hopper.form import is_dense
 from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES
 from backends.hopper.work import Work
 
@@ -53,19 +54,19 @@ class DenseKernel:
         self.slice_bytes = tile.tokens * _SLICE_BYTES
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
-            (cutlass.Int32, 16), (cutlass.Uint8, 4), (cutlass.Int32, 16), (cutlass.Int32, 16), (cutlass.Float32, 16),
-            (cutlass.Int32, 4), (cutlass.Float16, 16), (cutlass.Float16, 16), (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
+            (cutlass.Int32, 4), (cutlass.Int32, 16), (cutlass.Uint8, 4), (cutlass.Int32, 16), (cutlass.Int32, 16),
+            (cutlass.Float32, 16), (cutlass.Float16, 16), (cutlass.Float16, 16), (cutlass.Float32, 16), (cutlass.Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
     def __call__(
         self,
+        alpha: cute.Pointer,
         a_data: cute.Pointer,
         a_scale: cute.Pointer,
         w_data: cute.Pointer,
         w_scale: cute.Pointer,
         alpha_t: cute.Pointer,
-        counts: cute.Pointer,
         acts: cute.Pointer,
         first_acts: cute.Pointer,
         parts: cute.Pointer,
@@ -89,13 +90,13 @@ class DenseKernel:
         ahead: cutlass.Int32,
         stream,
     ):
-        """Launch on `stream`. Nothing is written unless more than a quarter of alpha is nonzero.
+        """Launch on `stream`. Nothing is written unless alpha is dense (`form`).
 
         Args:
+            alpha: float32 [tokens, experts], as its bits.
             a_data: [tokens, K/8] words.
             w_data, w_scale: prepared weights (`backends.triton.layout`).
             alpha_t: float32 [experts, columns], zero past the last token.
-            counts: int32 [experts], nonzeros of alpha.
             acts: workspace, `DenseTiling.acts_bytes`, the decoded activations as in `decode`.
             first_acts: of `lists.ListKernel`.
             parts: workspace, `DenseTiling.parts_floats`.
@@ -105,7 +106,7 @@ class DenseKernel:
             others: `DenseTiling.work`.
         """
         self.kernel(
-            a_data, a_scale, w_data, w_scale, alpha_t, counts, acts, first_acts, parts, counters, out, tokens, hidden, experts,
+            alpha, a_data, a_scale, w_data, w_scale, alpha_t, acts, first_acts, parts, counters, out, tokens, hidden, experts,
             expert_chunks,
             Work(row_tiles, chunks, clusters, full, streamed, aligned, cost, slots, columns, walks, steps, ahead),
         ).launch(
@@ -119,14 +120,14 @@ class DenseKernel:
 
     @cute.kernel
     def kernel(
-        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
-        alpha_t: cute.Pointer, counts: cute.Pointer, acts: cute.Pointer, first_acts: cute.Pointer, parts: cute.Pointer,
+        self, alpha: cute.Pointer, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
+        alpha_t: cute.Pointer, acts: cute.Pointer, first_acts: cute.Pointer, parts: cute.Pointer,
         counters: cute.Pointer, out: cute.Pointer, tokens: cutlass.Int32, hidden: cutlass.Int32, experts: cutlass.Int32,
         expert_chunks: cutlass.Int32, work: Work,
     ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         tile = self.tile
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
         rank, number, _ = cute.arch.block_idx()
         smem = SmemAllocator()
         ring = Ring(
@@ -135,6 +136,7 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
+        votes = smem.allocate(VOTES_BYTES, 16).toint()
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(tile.stages):
@@ -142,8 +144,11 @@ class DenseKernel:
                     cute.arch.mbarrier_init(ring.empty + i, CLUSTER * tile.warps)
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()
-        cute.arch.griddepcontrol_wait()
-        dense = ins.is_dense(counts, tokens, experts)
+        dense = is_dense(alpha, tokens, experts, votes, 4 * (tile.groups + 1), warp, lane)
+        # Where there is nothing to do, one cluster stays until the kernel before is complete: whoever waits for this kernel
+        # waits for that.
+        if dense | (number == 0):
+            cute.arch.griddepcontrol_wait()
         cute.arch.cluster_wait()
         if dense:
             copy_registers, registers = _REGISTERS[tile.groups]
@@ -170,36 +175,52 @@ class DenseKernel:
 
     @cute.jit
     def copy_weights(self, ring, w_data, w_scale, alpha_t, hidden, expert_chunks, work, rank, cluster):
-        """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second."""
-        once, again = cutlass.Int64(ins.EVICT_FIRST), cutlass.Int64(ins.EVICT_LAST)
-        data, scales, alphas = w_data.toint(), w_scale.toint(), alpha_t.toint()
-        blocks = ((hidden + 127) // 128 * 4).to(cutlass.Int64)
+        """One thread: the CTA's weights half a chunk at a time, scale factors with the first half, alpha with the second.
+
+        Those that multiply decode ahead: after the last chunk they look at one more, and any weights will do.
+        """
+        weights = w_data.toint(), w_scale.toint(), ((hidden + 127) // 128 * 4).to(cutlass.Int64)
         stage, phase = cutlass.Int32(0), cutlass.Int32(1)
         for segment in cutlass.range(work.segments(cluster), unroll=1):
             tile, first, last = work.segment(cluster, segment)
             row = (tile % work.row_tiles * CLUSTER + rank) * self.blocks
             column = tile // work.row_tiles * self.tile.tokens
             for chunk in cutlass.range(first, last, unroll=1):
-                for half in cutlass.range_constexpr(2):
-                    words = ring.weights + stage * self.stage_bytes
-                    aside = words + self.tile.data_bytes
-                    aside_bytes = 4 * self.tile.tokens if half else self.blocks * BLOCK_SCALES
-                    barrier = (ring.full + stage).toint()
-                    cute.arch.mbarrier_wait(ring.empty + stage, phase)
-                    cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data_bytes + aside_bytes)
-                    for near in cutlass.range_constexpr(0, self.blocks, 4):
-                        # Rows past the end of B repeat its last 128.
-                        block = chunk * blocks + cutlass.min(row + near, blocks - 4)
-                        for i in cutlass.range_constexpr(4):
-                            source = data + ((block + i) * 2 + half) * _HALF_BYTES
-                            self.copy(words + (near + i) * _HALF_BYTES, source, _HALF_BYTES, barrier, once)
-                        if cutlass.const_expr(half == 0):
-                            source = scales + block * BLOCK_SCALES
-                            self.copy(aside + near * BLOCK_SCALES, source, 4 * BLOCK_SCALES, barrier, once)
-                    if cutlass.const_expr(half == 1):
-                        source = alphas + ((chunk // expert_chunks) * work.columns + column).to(cutlass.Int64) * 4
-                        self.copy(aside, source, aside_bytes, barrier, again)
-                    stage, phase = self.after(stage, phase)
+                self.copy_half(ring, stage, phase, 0, weights, chunk, row)
+                stage, phase = self.after(stage, phase)
+                aside, barrier = self.copy_half(ring, stage, phase, 1, weights, chunk, row)
+                line = (chunk // expert_chunks * work.columns + column).to(cutlass.Int64) * 4
+                policy = cutlass.Int64(ins.EVICT_LAST)
+                self.copy(aside, alpha_t.toint() + line, 4 * self.tile.tokens, barrier, policy)
+                stage, phase = self.after(stage, phase)
+        self.copy_half(ring, stage, phase, 0, weights, cutlass.Int32(0), cutlass.Int32(0))
+        self.copy_nothing(ring, *self.after(stage, phase))
+
+    @cute.jit
+    def copy_half(self, ring, stage, phase, half, weights, chunk, row):
+        """A stage's weights, and of the first half scale factors; where its aside is, and its barrier."""
+        data, scales, blocks = weights
+        policy = cutlass.Int64(ins.EVICT_FIRST)
+        words, barrier = ring.weights + stage * self.stage_bytes, (ring.full + stage).toint()
+        aside = words + self.tile.data_bytes
+        aside_bytes = 4 * self.tile.tokens if half else self.blocks * BLOCK_SCALES
+        cute.arch.mbarrier_wait(ring.empty + stage, phase)
+        cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.data_bytes + aside_bytes)
+        for near in cutlass.range_constexpr(0, self.blocks, 4):
+            # Rows past the end of B repeat its last 128.
+            block = chunk * blocks + cutlass.min(row + near, blocks - 4)
+            for i in cutlass.range_constexpr(4):
+                source = data + ((block + i) * 2 + half) * _HALF_BYTES
+                self.copy(words + (near + i) * _HALF_BYTES, source, _HALF_BYTES, barrier, policy)
+            if cutlass.const_expr(half == 0):
+                self.copy(aside + near * BLOCK_SCALES, scales + block * BLOCK_SCALES, 4 * BLOCK_SCALES, barrier, policy)
+        return aside, barrier
+
+    @cute.jit
+    def copy_nothing(self, ring, stage, phase):
+        """A stage that is waited for, and not looked at."""
+        cute.arch.mbarrier_wait(ring.empty + stage, phase)
+        cute.arch.mbarrier_arrive(ring.full + stage)
 
     def copy(self, target, source, size: int, barrier, policy, ctas: int = 1) -> None:
         ins.copy_bulk(target, cutlass.Int64(source), cutlass.Int32(size), cutlass.Int32(barrier), ctas, policy)
@@ -231,6 +252,8 @@ class DenseKernel:
                         source = base + (slice_ * work.columns + column) * _SLICE_BYTES
                         self.copy(target, source, half, barrier, policy, CLUSTER)
                     stage, phase = self.after(stage, phase)
+        self.copy_nothing(ring, stage, phase)
+        self.copy_nothing(ring, *self.after(stage, phase))
 
     @cute.jit
     def decode_activations(self, a_data, a_scale, acts, ready, taken, tokens, work):
@@ -265,9 +288,13 @@ class DenseKernel:
         count = _SLICES * turns  # of a chunk
         lane = cute.arch.lane_idx()
         # Blocks of 32 rows serve two warps; the second's scale factors lie a byte lower.
-        words_at = ring.weights + warp // 2 * _HALF_BYTES + warp % 2 * 512 + lane * 16
-        scales_at = ring.weights + tile.data_bytes + warp // 2 * BLOCK_SCALES + lane * 16
-        alpha_at = ring.weights + tile.data_bytes + lane % 4 * 8
+        words_at = ins.fixed(ring.weights + warp // 2 * _HALF_BYTES + warp % 2 * 512 + lane * 16)
+        scales_at = ins.fixed(ring.weights + tile.data_bytes + warp // 2 * BLOCK_SCALES + lane * 16)
+        alpha_at = ins.fixed(ring.weights + tile.data_bytes + lane % 4 * 8)
+        full_at = ring.full.toint()
+        # A lane for each CTA of the cluster gives stages back to it; -1 in the others.
+        empty_at = ins.in_cluster(ring.empty.toint(), lane % CLUSTER)
+        empty_at = ins.fixed(ins.select(cutlass.Int32(lane < CLUSTER), empty_at, cutlass.Int32(-1)))
         turned = warp % 2 * 8
         right = wgmma.descriptor(ring.acts)
         total = cute.make_rmem_tensor(tile.tokens // 2, cutlass.Float32)
@@ -275,10 +302,9 @@ class DenseKernel:
         ahead = cute.make_rmem_tensor(4 * steps, cutlass.Int32)
         codes = cute.make_rmem_tensor(4, cutlass.Int32)
         factors = cute.make_rmem_tensor(4, cutlass.Int32)
-        stage, phase = cutlass.Int32(0), cutlass.Int32(0)
-        left = work.length(cluster)
-        cute.arch.mbarrier_wait(ring.full, 0)
-        cute.arch.mbarrier_wait(ring.full + 1, 0)
+        stage, second, phase = cutlass.Int32(0), cutlass.Int32(1), cutlass.Int32(0)
+        ins.wait(full_at, phase)
+        ins.wait(full_at + 8, phase)
         scales, words = ins.load4(scales_at), ins.load4(words_at)
         self.keep(ahead, self.decode(words, scales, 0, turned))
         if cutlass.const_expr(turns == 1):
@@ -289,62 +315,51 @@ class DenseKernel:
             total.fill(0.0)
             number, first, last = work.segment(cluster, segment)
             for chunk in cutlass.range(first, last, unroll=1):
-                left -= 1
-                second, second_phase = self.after(stage, phase)
-                following, following_phase = self.after(second, second_phase)
+                following, following_phase = self.after(second, phase)
+                after, after_phase = self.after(following, following_phase)
                 words, scales = [codes[i] for i in range(4)], [factors[i] for i in range(4)]
                 operand, sums = [ahead[i] for i in range(4 * steps)], None
                 here, alphas = alpha_at + second * self.stage_bytes, []
-                soon, early = self.alpha_parts()
+                early = self.early_alpha()
                 for turn in cutlass.range_constexpr(count):
                     sums = wgmma.multiply(sums, operand, right + self.place(turn, stage, second), tile.tokens)
                     if cutlass.const_expr(turn > 0):
                         wgmma.wait(1)
                     if cutlass.const_expr(turn == count // 2):
-                        self.release(ring.empty + stage, lane)
-                    if cutlass.const_expr(turn == count - 2):
-                        alphas = self.load_alpha(here, 0, soon)
+                        self.release(empty_at, stage)
+                    if cutlass.const_expr(turn == count - 3):
+                        alphas = self.load_alpha(here, 0, early)
                     # The next turn's operand; after the last, the next chunk's first.
                     operand = self.decode(words, scales, (turn + 1) % count, turned)
                     if cutlass.const_expr((turn + 2) % turns == 0):
                         slice_ = (turn + 2) // turns  # past the last: the next chunk's
                         if cutlass.const_expr(slice_ == _SLICES):
-                            if left == 0:
-                                following = stage  # nothing follows: any words will do, and nobody copies any more
-                            else:
-                                cute.arch.mbarrier_wait(ring.full + following, following_phase)
+                            ins.wait(full_at + following * 8, following_phase)
                             scales = ins.load4(scales_at + following * self.stage_bytes)
                         place = (stage, second, following)[slice_ // 2] * self.stage_bytes
                         words = ins.load4(words_at + place + slice_ % 2 * 1024)
-                alphas += self.load_alpha(here, soon, early)
                 # Besides its purpose this wait ends a basic block: else ptxas moves the decoding behind the sums.
-                if left > 0:
-                    after, after_phase = self.after(following, following_phase)
-                    cute.arch.mbarrier_wait(ring.full + after, after_phase)
+                ins.wait(full_at + after * 8, after_phase)
                 sums, operand = wgmma.finish(sums, operand)
                 for j in cutlass.range_constexpr(tile.tokens // 8):
                     if cutlass.const_expr(8 * j >= early):
                         alphas += self.load_alpha(here, 8 * j, 8 * j + 8)
                     for i in cutlass.range_constexpr(4):
                         total[4 * j + i] = total[4 * j + i] + alphas[j][i % 2] * sums[4 * j + i]
-                self.release(ring.empty + second, lane)
+                self.release(empty_at, second)
                 self.keep(ahead, operand)
                 self.keep(codes, words)
                 self.keep(factors, scales)
-                stage, phase = following, following_phase
+                stage, second, phase = following, after, after_phase
             self.deliver(parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total)
 
-    def alpha_parts(self) -> tuple[int, int]:
-        """Tokens whose alpha is loaded in the turn before a chunk's last, and by the end of the last.
-
-        By count, copies, the tensor cores' reads and the warps' loads keep shared memory busy five cycles of six: loads that
-        come all at once hold up the products. In parts, as registers have room: M = 256, 384 and 512 take 1.4 to 2.3% less
+    def early_alpha(self) -> int:
+        """Tokens whose alpha is loaded two turns before a chunk's last, as registers have room; the others' follow with the
+        additions. Later, and all at once, loads hold up the tensor cores' reads of shared memory: M = 256 takes 1.4% more
         (H200, 2026-11-26).
         """
         tokens = self.tile.tokens
-        if tokens <= 64:
-            return 16, 16
-        return (tokens // 2, tokens) if tokens <= 128 else (64, 64)
+        return 16 if tokens <= 64 else tokens if tokens <= 128 else 64
 
     def load_alpha(self, address, first: int, end: int) -> list:
         """A thread's two of every eight tokens."""
@@ -379,12 +394,10 @@ class DenseKernel:
         for i, value in enumerate(values):
             target[i] = value
 
-    @cute.jit
-    def release(self, barrier, lane):
+    def release(self, empty_at, stage):
         """Give a stage back to both CTAs, which both write into it."""
         cute.arch.sync_warp()
-        if lane < CLUSTER:
-            cute.arch.mbarrier_arrive(barrier, lane)
+        ins.arrive_if(empty_at >= 0, empty_at + stage * 8)
 
     @cute.jit
     def deliver(self, parts, flags, out, tokens, hidden, work, rank, cluster, warp, lane, number, first, last, total):

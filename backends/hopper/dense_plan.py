@@ -25,6 +25,11 @@ TASK_TOKENS = 8
 _AHEAD = 4
 # Tasks of that at most, about as many warps as run at once.
 _AHEAD_TASKS = 1024
+#: Tokens of a pass up to which it is streamed whatever alpha is: weights come no faster to the dense kernel, and a kernel that
+#: has nothing to do takes 3 us of every call (H100, 2026-11-26).
+STREAM_TOKENS = 16
+#: Bytes of shared memory in which a block counts how much of alpha is nonzero: a word for each of at most 32 warps.
+VOTES_BYTES = 128
 #: What the counter of a chunk's decoded tokens begins with where they were decoded ahead; its place is added.
 AHEAD = 1 << 24
 # Widest token tile. At 192, which registers would still hold, shared memory has only three stages: M = 384 took 670 us, in
@@ -154,6 +159,8 @@ class DenseTiling(Shares):
     @property
     def ahead(self) -> int:
         """Places of the order in which chunks are needed that the listing kernel decodes."""
+        if self.columns <= STREAM_TOKENS:
+            return 0
         return min(self.walks * min(self.steps, _AHEAD), _AHEAD_TASKS * TASK_TOKENS // self.columns)
 
     @property

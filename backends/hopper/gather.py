@@ -13,13 +13,14 @@ from cutlass import Boolean, Int32, Int64
 
 from backends.hopper import instructions as ins
 from backends.hopper.decode import scale_offset
+from backends.hopper.dense_plan import STREAM_TOKENS
 from backends.hopper.stream_plan import GROUP, LIST_BYTES, TOKEN_BYTES
 
 
 def is_late(count: Int32, tokens: Int32) -> Boolean:
     """Whether an expert's tokens are gathered by the streaming kernel, not by the listing one: where they are so many that
     the call is most likely the dense kernel's, which would not use them."""
-    return (count > GROUP) & (2 * count > tokens)
+    return (tokens > STREAM_TOKENS) & (2 * count > tokens)
 
 
 def gather_slot(a_data, a_scale, token, weight, slot, chunk, chunks, a_swizzled: bool) -> None:

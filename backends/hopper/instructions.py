@@ -8,7 +8,6 @@ Weights and activations are decoded to float16 holding 2^-8 of the value: a prod
 
 from __future__ import annotations
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
@@ -83,6 +82,14 @@ def load2_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
 
 def load1(address: Int32, dtype: type = Int32):
     return ptx("ld.shared.b32 $0, [$1];", (dtype,), (address,))[0]
+
+
+def store1(address: Int32, value: Int32) -> None:
+    ptx("st.shared.b32 [$0], $1;", (), (address, value))
+
+
+def store1_if(wanted: Boolean, address: Int32, value: Int32) -> None:
+    ptx("@$0 st.shared.b32 [$1], $2;", (), (wanted, address, value))
 
 
 def store2_if(wanted: Boolean, address: Int32, values: tuple) -> None:
@@ -184,14 +191,6 @@ def fence_async() -> None:
 
 
 @cute.jit
-def is_dense(counts: cute.Pointer, tokens: Int32, experts: Int32) -> Boolean:
-    """Whether a call is the dense kernel's, asked by a whole warp: where more than a quarter of alpha is nonzero."""
-    pairs = Int32(0)
-    for e in cutlass.range(cute.arch.lane_idx(), experts, 32, unroll=8):
-        pairs += cute.arch.load(counts + e, Int32)
-    return cute.arch.warp_redux_sync(pairs, "add") * 4 > tokens * experts
-
-
 def split_e4m3(word: Int32) -> tuple:
     """64 times each of four e4m3 values, twice each as float16."""
     return ptx(
@@ -252,6 +251,16 @@ def wait(barrier: Int32, phase: Int32) -> None:
     """Waits until the barrier's phase of that parity is complete."""
     text = "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
     ptx(text, (), (barrier, phase), memory=True)
+
+
+def in_cluster(address: Int32, rank: Int32) -> Int32:
+    """An address of shared memory, in a CTA of the cluster."""
+    return ptx("mapa.shared::cluster.u32 $0, $1, $2;", (Int32,), (address, rank))[0]
+
+
+def arrive_if(wanted: Boolean, barrier: Int32) -> None:
+    """Arrives at a barrier of any CTA of the cluster."""
+    ptx("@$0 mbarrier.arrive.shared::cluster.b64 _, [$1];", (), (wanted, barrier), memory=True)
 
 
 def completed(barrier: Int32, phase: Int32) -> Int32:

@@ -21,8 +21,8 @@ from backends.hopper.tactic import PASS_TOKENS, ListConfig
 from backends.hopper.work import Work
 
 _WARPS = 4
-# Loads of alpha that a lane has on its way.
-_LOADS = 8
+# Loads of alpha by a lane: for all tokens of a pass, rounded up to whole tiles of the dense kernel.
+_LOADS = 5
 
 
 class ListKernel:
@@ -102,10 +102,11 @@ class ListKernel:
         weight_of: cute.Pointer, alpha_t: cute.Pointer, gathered: cute.Pointer, first_acts: cute.Pointer,
         counters: cute.Pointer, tokens: Int32, experts: Int32, expert_chunks: Int32, before: Int32, zeros: Int32, work: Work,
     ):  # fmt: skip
-        cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        # Not before: the kernels that follow look at alpha as soon as they start.
+        cute.arch.griddepcontrol_launch_dependents()
         warp, block = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.block_idx()[0]
-        mine = SmemAllocator().allocate(8 * PASS_TOKENS, 16).toint()
+        mine = SmemAllocator().allocate(8 * PASS_TOKENS + 4 * _WARPS * _LOADS, 16).toint()
         if block < work.chunks:
             self.list_tokens(
                 mine, alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, tokens, experts, block,
@@ -128,30 +129,41 @@ class ListKernel:
         self, mine, alpha, a_data, a_scale, counts, token_of, weight_of, alpha_t, gathered, tokens, experts, chunk, expert_chunks,
         work, warp,
     ):  # fmt: skip
-        """A block: the tokens of an expert, and a chunk of them."""
+        """A block: the tokens of an expert, and a chunk of them.
+
+        Each warp reads 32 tokens of 128, one sector each: all of them in every warp took the loads four times (lanes that
+        read a column of alpha are served one after the other).
+        """
         lane = cute.arch.lane_idx()
         expert = chunk // expert_chunks
-        # Every warp finds all tokens of the expert, and keeps those of its own slots.
-        writes = (warp == 0) & (chunk % expert_chunks == 0)
+        writes = chunk % expert_chunks == 0
         wide = cute.ceil_div(tokens, 16) * 16
         row = Int64(expert) * (wide * 4)
         source = Int64(alpha.toint()) + Int64(expert) * 4
         column = Int64(alpha_t.toint()) + Int64(expert) * work.columns * 4
-        count = Int32(0)
-        for first in cutlass.range(0, work.columns, 32 * _LOADS, unroll=1):
-            rows = [first + 32 * i + lane for i in range(_LOADS)]
-            loaded = [ins.load_global1_if(m < tokens, source + Int64(m) * experts * 4) for m in rows]
-            for m, bits in zip(rows, loaded):
-                used = bits & 0x7FFFFFFF != 0
-                ballot = cute.arch.vote_ballot_sync(used)
-                place = count + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
-                ins.store2_if(used & (place // GROUP % _WARPS == warp), mine + place * 8, (m, bits))
-                ins.store_global1_if(writes & (m < work.columns), column + m * 4, bits)
-                ins.store_global1_if(writes & used, Int64(token_of.toint()) + row + place * 4, m)
-                ins.store_global1_if(writes & used, Int64(weight_of.toint()) + row + place * 4, bits)
-                count += cute.arch.popc(ballot)
-        ins.store_global1_if(writes & (lane == 0), Int64((counts + expert).toint()), count)
-        cute.arch.sync_warp()
+        rows = [32 * (warp + _WARPS * i) + lane for i in range(_LOADS)]
+        loaded = [ins.load_global1_if(m < tokens, source + Int64(m) * experts * 4) for m in rows]
+        ballots = [cute.arch.vote_ballot_sync(bits & 0x7FFFFFFF != 0) for bits in loaded]
+        totals = mine + 8 * PASS_TOKENS
+        for i, ballot in enumerate(ballots):
+            ins.store1_if(lane == 0, totals + (warp + _WARPS * i) * 4, cute.arch.popc(ballot))
+        cute.arch.sync_threads()
+        own = ins.load1(totals + cutlass.min(lane, _WARPS * _LOADS - 1) * 4)
+        scan = own * Int32(lane < _WARPS * _LOADS)
+        for distance in (1, 2, 4, 8, 16):
+            below = cute.arch.shuffle_sync_up(scan, distance, mask_and_clamp=0)
+            scan += below * Int32(lane >= distance)
+        count = cute.arch.shuffle_sync(scan, 31)
+        for i, (m, bits, ballot) in enumerate(zip(rows, loaded, ballots)):
+            used = bits & 0x7FFFFFFF != 0
+            before = cute.arch.shuffle_sync(scan - own, warp + _WARPS * i)
+            place = before + cute.arch.popc(ballot & ((Int32(1) << lane) - 1))
+            ins.store2_if(used, mine + place * 8, (m, bits))
+            ins.store_global1_if(writes & (m < work.columns), column + m * 4, bits)
+            ins.store_global1_if(writes & used, Int64(token_of.toint()) + row + place * 4, m)
+            ins.store_global1_if(writes & used, Int64(weight_of.toint()) + row + place * 4, bits)
+        ins.store_global1_if(writes & (warp == 0) & (lane == 0), Int64((counts + expert).toint()), count)
+        cute.arch.sync_threads()
         if ~is_late(count, tokens):
             for first in cutlass.range(warp * GROUP, count, _WARPS * GROUP, unroll=1):
                 place = first + lane % GROUP

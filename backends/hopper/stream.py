@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 
 from backends.hopper import instructions as ins
+from backends.hopper.form import is_dense
 from backends.hopper.gather import gather_slot, is_late
 from backends.hopper.stream_plan import (
     BLOCK_DATA,
@@ -60,13 +61,14 @@ class StreamKernel:
         self.row_bytes = config.rows * 4
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
-            (Int32, 16), (cutlass.Uint8, 4), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (Int32, 16),
+            (Int32, 4), (Int32, 16), (cutlass.Uint8, 4), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (cutlass.Uint8, 16), (Int32, 16),
             (Int32, 4), (Int32, 4), (Float32, 16), (Int32, 4), (self.out_type, 2),
         )  # fmt: skip
 
     @cute.jit
     def __call__(
         self,
+        alpha: cute.Pointer,
         a_data: cute.Pointer,
         a_scale: cute.Pointer,
         w_data: cute.Pointer,
@@ -83,9 +85,10 @@ class StreamKernel:
         parts: Int32,
         stream,
     ):
-        """Launch on `stream`.
+        """Launch on `stream`. Nothing is written where alpha is dense (`form`), unless the kernel is one for `few` tokens.
 
         Args:
+            alpha: float32 [tokens, experts], as its bits.
             a_data: [tokens, K/8] words.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
             gathered, counts, token_of, weight_of: of `lists.ListKernel`; `counts` may be read up to a multiple of 8.
@@ -95,7 +98,8 @@ class StreamKernel:
             parts: `stream_plan.parts`.
         """
         self.kernel(
-            a_data, a_scale, w_data, w_scale, gathered, counts, token_of, weight_of, sums, counters, out, tokens, hidden, parts
+            alpha, a_data, a_scale, w_data, w_scale, gathered, counts, token_of, weight_of, sums, counters, out, tokens, hidden,
+            parts,
         ).launch(
             # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
             grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, parts, 1),
@@ -109,7 +113,7 @@ class StreamKernel:
 
     @cute.kernel
     def kernel(
-        self, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
+        self, alpha: cute.Pointer, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
         gathered: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer, sums: cute.Pointer,
         counters: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32,
     ):  # fmt: skip
@@ -126,30 +130,44 @@ class StreamKernel:
         for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
             ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
+        dense = Boolean(False)
+        if cutlass.const_expr(config.few):
+            self._count(smem, alpha, tokens, thread)
+        else:
+            votes = smem + self.offset["votes"]
+            dense = is_dense(alpha, tokens, config.experts, votes, config.threads // 32, warp, lane)
+            # Where there is nothing to do, one block stays, as in the dense kernel.
+            x, y, _ = cute.arch.block_idx()
+            if ~dense | (x + y == 0):
+                cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
-        cute.arch.sync_threads()
-        if warp == 0:
-            self._list_experts(smem, counts, tokens, lane)
-        cute.arch.sync_threads()
-        used, pairs, late, _ = ins.load4(smem + self.offset["totals"])
-        if pairs * 4 <= tokens * config.experts:
+        if ~dense:
+            cute.arch.sync_threads()
+            if warp == 0:
+                self._list_experts(smem, counts, tokens, lane)
+            cute.arch.sync_threads()
+            used = ins.load1(smem + self.offset["totals"])
             # The first part waits for the others: its blocks are the last to start, or a GPU that is shared with others might
             # never have room for those.
             strip, row, _ = cute.arch.block_idx()
             part, items = parts - 1 - row, used * config.chunks
             first, last = part * items // parts, (part + 1) * items // parts
-            flags = counters + GATHER_COUNTERS
             if warp < config.consumers:
-                if late > 0:
-                    self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
+                if cutlass.const_expr(not config.few):
+                    if self._late(smem) > 0:
+                        self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
                 self.consume(smem, barriers, first, last, warp, lane)
             elif lane == 0:
                 if warp == config.consumers:
-                    while ins.counted((counters + 1).toint()) < late * _STRIPES:
-                        pass
-                    ins.fence_async()
+                    if cutlass.const_expr(config.few):
+                        # Weights need not wait for the listing kernel.
+                        cute.arch.griddepcontrol_wait()
+                    else:
+                        tasks = self._late(smem) * _STRIPES
+                        while ins.counted((counters + 1).toint()) < tasks:
+                            pass
+                        ins.fence_async()
                     self.fetch(smem, gathered, tokens, first, last)
                 else:
                     self.load(smem, barriers, first, last, w_data, w_scale, hidden)
@@ -157,6 +175,7 @@ class StreamKernel:
             # No CTA may leave while its peer still signals its barriers.
             if cutlass.const_expr(config.cluster > 1):
                 cute.arch.cluster_arrive()
+            flags = counters + GATHER_COUNTERS
             if part > 0:
                 self._leave(smem, sums, flags, tokens, part, strip, warp, lane)
             else:
@@ -165,6 +184,10 @@ class StreamKernel:
                 self._store(smem, out, tokens, hidden, warp, lane)
             if cutlass.const_expr(config.cluster > 1):
                 cute.arch.cluster_wait()
+
+    def _late(self, smem: Int32) -> Int32:
+        """Experts whose activations are still to be gathered."""
+        return ins.load1(smem + self.offset["totals"] + 4)
 
     def _barrier(self, barriers: cute.Pointer, kind: str, index) -> cute.Pointer:
         return barriers + (self.barrier[kind] + index)
@@ -184,22 +207,33 @@ class StreamKernel:
             cute.arch.cluster_arrive_relaxed()
 
     @cute.jit
+    def _count(self, smem: Int32, alpha: cute.Pointer, tokens: Int32, thread: Int32):
+        """Nonzeros of alpha of each expert, in the table's first words."""
+        experts = self.config.experts
+        for e in cutlass.range(thread, experts, self.config.threads, unroll=1):
+            places = [Int64((alpha + (m * experts + e)).toint()) for m in range(self.config.tokens)]
+            loaded = [ins.load_global1_if(m < tokens, place) for m, place in enumerate(places)]
+            ins.store1(smem + self.offset["table"] + e * 8, sum(Int32(bits & 0x7FFFFFFF != 0) for bits in loaded))
+
+    @cute.jit
     def _list_experts(self, smem: Int32, counts: cute.Pointer, tokens: Int32, lane: Int32):
         """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and
-        totals: selected experts, nonzeros of alpha, experts whose activations are still to be gathered."""
+        totals: selected experts, and those whose activations are still to be gathered."""
         experts = self.config.experts
         table = smem + self.offset["table"]
-        used, groups, pairs, late = Int32(0), Int32(0), Int32(0), Int32(0)
+        used, groups, late = Int32(0), Int32(0), Int32(0)
         for first in cutlass.range(0, experts, 8 * 32, unroll=1):
             mine = first + lane * 8
-            loaded = []
-            for i in (0, 4):
-                loaded += ins.load_global4(Int64((counts + (mine + i)).toint()), mine + i < experts, Int32)
+            if cutlass.const_expr(self.config.few):
+                loaded = [ins.load1(table + cutlass.min(mine + i, experts - 1) * 8) for i in range(8)]
+            else:
+                loaded = []
+                for i in (0, 4):
+                    loaded += ins.load_global4(Int64((counts + (mine + i)).toint()), mine + i < experts, Int32)
             listed = [count * Int32(mine + i < experts) for i, count in enumerate(loaded)]
             # Selected experts and their groups in one scan: at most 256, and 64 each.
             own = Int32(0)
             for count in listed:
-                pairs += count
                 late += Int32(is_late(count, tokens))
                 own += (Int32(count > 0) << 16) + (count + GROUP - 1) // GROUP
             scan = own
@@ -214,10 +248,9 @@ class StreamKernel:
             total = cute.arch.shuffle_sync(scan, 31)
             used += total >> 16
             groups += total & 0xFFFF
-        pairs, late = cute.arch.warp_redux_sync(pairs, "add"), cute.arch.warp_redux_sync(late, "add")
+        late = cute.arch.warp_redux_sync(late, "add")
         ins.store2_if(lane < 2, table + (used + lane) * 8, (Int32(0), groups))
-        if lane == 0:
-            ins.store4(smem + self.offset["totals"], (used, pairs, late, Int32(0)))
+        ins.store2_if(lane == 0, smem + self.offset["totals"], (used, late))
 
     @cute.jit
     def gather(

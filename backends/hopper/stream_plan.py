@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from backends.hopper.dense_plan import STREAM_TOKENS, VOTES_BYTES
+
 #: Rows per block of prepared weights, and a block's bytes per item (256 values of K): data, and scale factors.
 BLOCK_ROWS, BLOCK_DATA, BLOCK_SCALES = 32, 4096, 512
 #: Tokens per slot of activations, bytes of their numbers and alpha, with which it begins, of a token's values, and of all.
@@ -69,6 +71,11 @@ class StreamConfig:
         return 32 * (self.consumers + 2)
 
     @property
+    def few(self) -> bool:
+        """It streams whatever alpha is."""
+        return self.tokens <= STREAM_TOKENS
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Groups of tokens that one pass over an item's weights can multiply; each has its own code."""
         return tuple(w for w in _WIDTHS if self.tokens >= _WIDTHS[w])
@@ -89,6 +96,7 @@ class StreamConfig:
             "activations": self.slots * SLOT_BYTES,
             "sums": self.tokens * self.rows * 4,
             "totals": 16,
+            "votes": VOTES_BYTES,
             "barriers": 8 * self.barriers["end"],
             "table": (self.experts + 2) * 8,
         }

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from backends.hopper.dense_plan import DenseKernelTile, kernel_tile
+from backends.hopper.dense_plan import STREAM_TOKENS, DenseKernelTile, kernel_tile
 from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
@@ -26,7 +26,7 @@ CAPABILITY = (9, 0)
 #: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
 PASS_TOKENS = 512
 # Numbers of tokens that streaming kernels are compiled for: fewer tokens leave more room for weights in flight.
-_CAPACITIES = (64, 128, 256, 384, 512)
+_CAPACITIES = (STREAM_TOKENS, 64, 128, 256, 384, 512)
 # More gained nothing (H200, 2026-11-23).
 _MAX_STAGES = 16
 # Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
@@ -113,8 +113,9 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
     swizzled = problem.a_layout == "128x4"
     configs: set[KernelConfig | None] = {ListConfig(swizzled)}
     for tokens in passes(problem):
-        kernel = kernel_tile(tokens, dtype_name(problem.out_dtype), swizzled)
-        configs |= {stream_config(problem, tactic, tokens), kernel}
+        configs.add(stream_config(problem, tactic, tokens))
+        if tokens > STREAM_TOKENS:
+            configs.add(kernel_tile(tokens, dtype_name(problem.out_dtype), swizzled))
     return (problem.k, problem.experts, problem.a_layout, frozenset(configs))
 
 

@@ -21,16 +21,6 @@ class Work(Shares):
     ahead: cutlass.Int32
 
     @cute.jit
-    def length(self, cluster):
-        """Chunks of the cluster."""
-        other = cluster - self.aligned * self.streamed
-        first, end = self.share(other)
-        if other < 0:
-            part = cluster // self.streamed
-            first, end = self.bound(part), self.bound(part + 1)
-        return self.full * self.chunks + end - first
-
-    @cute.jit
     def segments(self, cluster):
         """Tiles that the cluster works at."""
         other = cluster - self.aligned * self.streamed
