@@ -203,4 +203,5 @@ def test_operands_on_a_device_that_is_not_the_current_one(name):
         before = torch.cuda.memory_allocated(0)
         out = dispatch.fc2(a, weights, alpha, backend=name)
         assert out.device == torch.device("cuda:1") and torch.cuda.memory_allocated(0) == before
-        assert_meets_bar(out, exact, magnitude)
+        # Not there: torch.ldexp gives zeros on a device that is not the current one (torch 2.11, two H100, 2026-11-26).
+        assert_meets_bar(out.cpu(), exact.cpu(), magnitude.cpu())
