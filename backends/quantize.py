@@ -149,6 +149,14 @@ def _quantize_into(x: torch.Tensor, factor: Optional[torch.Tensor], data: torch.
         scale[start:stop] = chosen.float().to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2^exponent in float64, by its bits; exponents of normal numbers, int32.
+
+    torch.ldexp gives zeros on a CUDA device that is not the current one (torch 2.11, two H100, 2026-11-26).
+    """
+    return (exponent.long() + 1023 << 52).view(torch.float64)
+
+
 def _round_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Nonnegative float64 to the nearest e4m3 value, ties to even, saturating; positive values stay positive.
 
@@ -156,7 +164,7 @@ def _round_e4m3(x: torch.Tensor) -> torch.Tensor:
     """
     _, exponent = torch.frexp(x)
     # Three bits behind the leading one; below 2^-6 the spacing stays 2^-9 (subnormals).
-    quantum = torch.ldexp(torch.ones_like(x), (exponent - 4).clamp_(min=-9))
+    quantum = power_of_two((exponent - 4).clamp_(min=-9))
     rounded = (torch.round(x / quantum) * quantum).clamp_(max=E4M3_MAX)
     rounded = torch.where((x > 0) & (rounded == 0), quantum, rounded)
     return torch.where(torch.isfinite(x), rounded, torch.nan)

@@ -7,6 +7,7 @@ from typing import Sequence
 import torch
 
 from backends.operand import Nvfp4Tensor
+from backends.quantize import power_of_two
 from dispatch.inputs import TokenSet
 
 #: Significand bits with the leading one, and the exponent of the smallest normal value, of output types that round.
@@ -89,7 +90,7 @@ def half_ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     bits, smallest = PRECISION[dtype]
     _, exponent = torch.frexp(value)  # the leading one has weight 2^(exponent - 1)
     leading = torch.where(value == 0, smallest, exponent - 1).clamp_min(smallest)
-    return torch.ldexp(torch.ones_like(value), leading - bits)
+    return power_of_two(leading - bits)
 
 
 def _worse(x: float, y: float) -> float:

@@ -194,6 +194,13 @@ def test_extra_memory_is_bounded():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_quantizing_on_a_device_that_is_not_the_current_one():
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)) * 2.0 ** torch.arange(-20, 20).unsqueeze(1)
+    there, here = dispatch.quantize_nvfp4(x.to("cuda:1")), dispatch.quantize_nvfp4(x)
+    assert torch.equal(there.data.cpu(), here.data) and torch.equal(there.scale.cpu(), here.scale)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", running_backends())
 def test_operands_on_a_device_that_is_not_the_current_one(name):
     a, b = make_operands(24, 320, 5 * 256, seed=1, device="cuda:1")
