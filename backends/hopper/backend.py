@@ -21,8 +21,9 @@ class HopperBackend(layout.ReadsFragments):
     """CuTe DSL kernels for SM 9.0, on weights that the "triton" backend's order suits as well.
 
     A call that uses at most a quarter of alpha goes to the streaming kernel (`stream.py`), any other to the dense one
-    (`dense.py`); both are launched, and the one whose turn it is not returns at once, so that alpha never travels to the
-    host. A small kernel (`lists.py`) lists the tokens of each expert and gathers their activations first.
+    (`dense.py`); both are launched, look at alpha (`form.py`), and the one whose turn it is not returns at once, so that alpha
+    never travels to the host. Up to 16 tokens all are streamed. A small kernel (`lists.py`) lists the tokens of each expert and
+    gathers their activations first.
     """
 
     name = "hopper"
