@@ -19,7 +19,7 @@ from tests.emulator import Report, compile_target, emulate
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
 
-#: No number, and no token.
+#: What a kernel does not write: no number as a float, and no token.
 POISON = 0x7FC00000
 
 

@@ -48,7 +48,7 @@ def check(kind: str, layout: str) -> None:
 
     # The slots that the "hopper" backend's own kernel makes, less their lists and the places of the pieces.
     wanted = emulation.slots(a, alpha)
-    gathered = torch.full((*wanted.shape[:3], 8, 8, 16), -7, dtype=torch.int32)  # ... piece token word
+    gathered = torch.full((*wanted.shape[:3], 8, 8, 16), emulation.POISON, dtype=torch.int32)  # ... piece token word
     plan.gather_tokens[(experts, 2)](
         a.data.view(torch.int32), a.scale, counts, token_of, gathered, tokens,
         EXPERTS=experts, EXPERTS_PADDED=8, INNER=inner, A_SWIZZLED=layout == "128x4", ROWS=8, HAS_DENSE=False, OVERLAP=False,

@@ -1,5 +1,7 @@
-"""Which form a call takes on SM 9.0. Every kernel looks at the same part of alpha, so that all find the same, and none waits
-for another to tell: a routed call's streaming kernel can begin only where the dense kernel has left.
+"""Which form a call takes on SM 9.0. Every kernel looks at the same part of alpha, so that all find the same, and none waits for
+the listing kernel to tell: the dense kernel's blocks leave a routed call while the streaming kernel works at it.
+
+Either form computes whatever alpha is; a part that misleads costs time only.
 """
 
 from __future__ import annotations
