@@ -158,7 +158,8 @@ class DenseTiling(Shares):
 
     @property
     def ahead(self) -> int:
-        """Places of the order in which chunks are needed that the listing kernel decodes."""
+        """Places of the order in which chunks are needed that the listing kernel decodes; none for a pass that is streamed in any
+        case."""
         if self.columns <= STREAM_TOKENS:
             return 0
         return min(self.walks * min(self.steps, _AHEAD), _AHEAD_TASKS * TASK_TOKENS // self.columns)
