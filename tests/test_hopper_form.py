@@ -70,8 +70,3 @@ def test_more_than_a_quarter(m, experts, warps) -> None:
         assert not answer(alpha, warps)
         alpha[tuple(places[: limit + 1].T)] = float("nan")
         assert answer(alpha, warps)
-
-
-def test_eight_tokens_are_looked_at() -> None:
-    assert emulation.looked_at(torch.zeros(512, 256)).sum(1).nonzero().flatten().tolist() == list(range(0, 512, 64))
-    assert emulation.looked_at(torch.zeros(512, 1000)).sum() == 8 * 256

@@ -25,6 +25,7 @@ def is_dense(
     Args:
         alpha: float32 [tokens, experts] as its bits.
         votes: shared memory, `VOTES_BYTES`.
+        warps, warp, lane: of the block, and the thread's.
     """
     rows, columns = cutlass.min(tokens, _TOKENS), cutlass.min(experts, _EXPERTS)
     nonzeros = Int32(0)
