@@ -24,9 +24,9 @@ from tests.emulator import EmulatorError
 from tests.reference import assert_meets_bar, make_alpha, make_operands, reference
 
 CONFIG = StreamConfig(rows=64, phases=2, stages=2, slots=4, tokens=64, experts=40, chunks=1, out_dtype="float32")
-EXPECT = "            ins.expect_bytes(full + place * 8, size)\n"
+EXPECT = "            ins.expect_bytes(barrier, size)\n"
 MINE = "            if here % config.cluster == rank:\n"
-FREE = "            if free == 0:\n                ins.wait(empty + place * 8, phase)\n"
+FREE = "            if free == 0:\n                ins.wait(empty + place * 8, turn ^ 1)\n"
 TURN = "            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)\n"
 # The lanes of a warp run in step on the emulator, and kernels one after the other: a missing `sync_warp` before an arrival
 # or a missing `griddepcontrol_wait` cannot be found there. Nor, in the streaming kernel, a peer's barriers that are not
@@ -43,22 +43,21 @@ MUTATIONS = {
     ),
     "activations overwritten before they are read": (FREE, ""),
     "a slot taken for free by the phase before": (
-        "free = ins.completed(empty + place * 8, phase)",
-        "free = ins.completed(empty + place * 8, phase ^ 1)",
+        "free = ins.completed(empty + place * 8, turn ^ 1)",
+        "free = ins.completed(empty + place * 8, turn)",
     ),
     "slots awaited out of order": (
         '                    cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)\n',
         "                    pass\n",
     ),
     "tokens' list not counted among the bytes": (
-        "ins.expect_bytes(full + place * 8, size)",
-        "ins.expect_bytes(full + place * 8, size - LIST_BYTES)",
+        "ins.expect_bytes(barrier, size)",
+        "ins.expect_bytes(barrier, size - LIST_BYTES)",
     ),
-    "one token too few of a full slot": ("cutlass.min(left, GROUP)", "cutlass.min(left, GROUP - 1)"),
-    "the expert after the next one fetched": (
-        "packed = following\n                    entry += 1",
-        "entry += 1\n                    packed = ins.load1(table + entry * 8 + 8)",
-    ),
+    "one token too few of a full slot": ("cutlass.min(count - eight * GROUP, GROUP)", "cutlass.min(count - eight * GROUP, GROUP - 1)"),
+    "an expert that begins with 32 slots not fetched": ("(begins >= 0) & (begins < 32)", "(begins > 0) & (begins < 32)"),
+    "the last of 32 slots of the expert before": ("popc(starts & ((Int32(2) << lane) - 1))", "popc(starts & ((Int32(1) << lane) - 1))"),
+    "slots asked for again before they are copied": ("            entry = cute.arch.shuffle_sync(entry, 31)\n", "            pass\n"),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
         "self._list_experts(smem, counts, tokens, lane)\n            cute.arch.sync_threads()\n",

@@ -158,19 +158,18 @@ class StreamKernel:
                     if self._late(smem) > 0:
                         self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
                 self.consume(smem, barriers, first, last, warp, lane)
-            elif lane == 0:
-                if warp == config.consumers:
-                    if cutlass.const_expr(config.few):
-                        # Weights need not wait for the listing kernel.
-                        cute.arch.griddepcontrol_wait()
-                    else:
-                        tasks = self._late(smem) * _STRIPES
-                        while ins.counted((counters + 1).toint()) < tasks:
-                            pass
-                        ins.fence_async()
-                    self.fetch(smem, gathered, tokens, first, last)
+            elif warp == config.consumers:
+                if cutlass.const_expr(config.few):
+                    # Weights need not wait for the listing kernel.
+                    cute.arch.griddepcontrol_wait()
                 else:
-                    self.load(smem, barriers, first, last, w_data, w_scale, hidden)
+                    tasks = self._late(smem) * _STRIPES
+                    while ins.counted((counters + 1).toint()) < tasks:
+                        pass
+                    ins.fence_async()
+                self.fetch(smem, gathered, tokens, first, last, lane)
+            elif lane == 0:
+                self.load(smem, barriers, first, last, w_data, w_scale, hidden)
             cute.arch.sync_threads()
             # No CTA may leave while its peer still signals its barriers.
             if cutlass.const_expr(config.cluster > 1):
@@ -316,52 +315,70 @@ class StreamKernel:
             ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
 
     @cute.jit
-    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32):
-        """One lane: copy slot after slot of gathered activations, as many tokens as there are.
+    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32, lane: Int32):
+        """One warp: copy slot after slot of gathered activations, as many tokens as there are.
 
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
 
-        Everything that takes long is asked for one slot ahead: else a slot took 320 to 550 cycles, and the whole kernel
-        waited for this lane (H100, 2026-11-26).
+        The kernel waits for this warp, so a slot must cost it little: every lane finds one of 32, then one lane copies them.
+        One that found them as well took M = 8, 64, 128 and 256 from 28, 90, 96 and 99 us to 30, 93, 103 and 104 (H100,
+        2026-11-26).
         """
         config = self.config
-        rank = cute.arch.block_idx()[0] % config.cluster
         smem = ins.fixed(smem)
-        table = smem + self.offset["table"]
-        values = smem + self.offset["activations"]
+        requests = smem + self.offset["requests"]
+        eights = cute.ceil_div(tokens, 16) * (16 // GROUP)
+        origin, end = self._first_slot(smem, first)[0], self._first_slot(smem, last)[0]
+        entry = first // config.chunks
+        for base in cutlass.range(origin, end, 32, unroll=1):
+            slot = base + lane
+            entry = self._entry(smem, entry, base, lane)
+            packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
+            count, eight, chunk = packed >> 16, slot - before * config.chunks, Int32(0)
+            if cutlass.const_expr(config.chunks > 1):
+                groups = cutlass.max(count + GROUP - 1 >> 3, 1)
+                chunk = Int32(Uint32(eight) // Uint32(groups))
+                eight -= chunk * groups
+            number = ((packed & 0xFFFF) * eights + eight) * config.chunks + chunk
+            size = LIST_BYTES + cutlass.min(count - eight * GROUP, GROUP) * TOKEN_BYTES
+            ins.store4(requests + lane * 16, (number, size, *self._in_ring(slot - origin)))
+            cute.arch.sync_warp()
+            if lane == 0:
+                self._copy_slots(smem, requests, Int64(gathered.toint()), cutlass.min(end - base, 32))
+            cute.arch.sync_warp()
+            entry = cute.arch.shuffle_sync(entry, 31)
+
+    @cute.jit
+    def _copy_slots(self, smem: Int32, requests: Int32, gathered: Int64, number: Int32):
+        """One lane: that many slots, asked for 16 bytes apart: number in memory, bytes, place in the ring, parity of its turn.
+
+        What takes long begins one slot ahead.
+        """
+        config = self.config
         full, empty = (smem + self.offset["barriers"] + 8 * self.barrier[k] for k in ("slot_full", "slot_empty"))
-        # Bytes from one group of an expert's tokens to the next, and from one expert to the next.
-        step = Int64(config.chunks * SLOT_BYTES)
-        expert_step = cute.ceil_div(tokens, 16) * (16 // GROUP) * step
-        start = Int64(gathered.toint())
-        entry, chunk, items = first // config.chunks, first % config.chunks, last - first
-        packed, following = ins.load1(table + entry * 8), ins.load1(table + entry * 8 + 8)
-        left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
-        place, phase, free = Int32(0), Int32(1), Int32(1)
-        while items > 0:
+        rank = cute.arch.block_idx()[0] % config.cluster
+        slot, size, place, turn = ins.load4(requests)
+        free = Int32(0)
+        for following in cutlass.range(1, number + 1, unroll=1):
             if free == 0:
-                ins.wait(empty + place * 8, phase)
-            size = LIST_BYTES + cutlass.min(left, GROUP) * TOKEN_BYTES
-            ins.expect_bytes(full + place * 8, size)
-            here = place
-            place += 1
-            if place == config.slots:
-                place, phase = Int32(0), phase ^ 1
-            free = ins.completed(empty + place * 8, phase)
+                ins.wait(empty + place * 8, turn ^ 1)
+            target, barrier, here = smem + self.offset["activations"] + place * SLOT_BYTES, full + place * 8, place
+            source, copied = gathered + Int64(slot) * SLOT_BYTES, size
+            ins.expect_bytes(barrier, size)
+            slot, size, place, turn = ins.load4(requests + cutlass.min(following, number - 1) * 16)
+            free = ins.completed(empty + place * 8, turn ^ 1)
             if here % config.cluster == rank:
-                ins.copy_bulk(values + here * SLOT_BYTES, source, size, full + here * 8, config.cluster)
-            left -= GROUP
-            source += step
-            if left <= 0:
-                items -= 1
-                chunk += 1
-                if chunk == config.chunks:
-                    chunk = Int32(0)
-                    packed = following
-                    entry += 1
-                    following = ins.load1(table + entry * 8 + 8)
-                left, source = packed >> 16, start + (packed & 0xFFFF) * expert_step + chunk * SLOT_BYTES
+                ins.copy_bulk(target, source, copied, barrier, config.cluster)
+
+    def _entry(self, smem: Int32, entry: Int32, base: Int32, lane: Int32) -> Int32:
+        """The table's entry with slot `base + lane`, where `entry` is the one with slot `base`, or the one before that."""
+        used = ins.load1(smem + self.offset["totals"])
+        later = cutlass.min(entry + 1 + lane, used)
+        begins = ins.load1(smem + self.offset["table"] + later * 8 + 4) * self.config.chunks - base
+        starts = (Int32(1) << (begins & 31)) * Int32((begins >= 0) & (begins < 32))
+        starts = cute.arch.warp_redux_sync(starts, "or")
+        return entry + cute.arch.popc(starts & ((Int32(2) << lane) - 1))
 
     @cute.jit
     def consume(self, smem: Int32, barriers: cute.Pointer, begin: Int32, end: Int32, warp: Int32, lane: Int32):

@@ -97,6 +97,7 @@ class StreamConfig:
             "sums": self.tokens * self.rows * 4,
             "totals": 16,
             "votes": VOTES_BYTES,
+            "requests": 32 * 16,
             "barriers": 8 * self.barriers["end"],
             "table": (self.experts + 2) * 8,
         }
