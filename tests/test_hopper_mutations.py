@@ -54,10 +54,22 @@ MUTATIONS = {
         "ins.expect_bytes(barrier, size)",
         "ins.expect_bytes(barrier, size - LIST_BYTES)",
     ),
-    "one token too few of a full slot": ("cutlass.min(count - eight * GROUP, GROUP)", "cutlass.min(count - eight * GROUP, GROUP - 1)"),
-    "an expert that begins with 32 slots not fetched": ("(begins >= 0) & (begins < 32)", "(begins > 0) & (begins < 32)"),
-    "the last of 32 slots of the expert before": ("popc(starts & ((Int32(2) << lane) - 1))", "popc(starts & ((Int32(1) << lane) - 1))"),
-    "slots asked for again before they are copied": ("            entry = cute.arch.shuffle_sync(entry, 31)\n", "            pass\n"),
+    "one token too few of a full slot": (
+        "cutlass.min(count - eight * GROUP, GROUP)",
+        "cutlass.min(count - eight * GROUP, GROUP - 1)",
+    ),
+    "an expert that begins with 32 slots not fetched": (
+        "(begins >= 0) & (begins < 32)",
+        "(begins > 0) & (begins < 32)",
+    ),
+    "the last of 32 slots of the expert before": (
+        "popc(starts & ((Int32(2) << lane) - 1))",
+        "popc(starts & ((Int32(1) << lane) - 1))",
+    ),
+    "slots asked for again before they are copied": (
+        "            entry = cute.arch.shuffle_sync(entry, 31)\n",
+        "            pass\n",
+    ),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
         "self._list_experts(smem, counts, tokens, lane)\n            cute.arch.sync_threads()\n",
@@ -82,7 +94,7 @@ MUTATIONS = {
         "while ins.counted((counters + 1).toint()) < tasks:",
         "while ins.counted((counters + 1).toint()) < 0:",
     ),
-    "late slots not fenced for copies": ("                        ins.fence_async()\n", ""),
+    "late slots not fenced for copies": ("                    ins.fence_async()\n", ""),
     "late slots announced before they are": (
         "                for i in cutlass.range(\n                    task",
         "                if lane == 0:\n                    ins.count_up((counters + 1).toint())\n                for i in cutlass.range(\n                    task",
@@ -101,8 +113,8 @@ CLUSTER_MUTATIONS = {
     "bytes expected by the copying CTA only": (EXPECT, MINE.replace("here", "place") + "    " + EXPECT),
     "every slot copied by both CTAs": (MINE, "            if here >= 0:\n"),
     "activations copied into one CTA": (
-        "source, size, full + here * 8, config.cluster)",
-        "source, size, full + here * 8)",
+        "source, copied, barrier, config.cluster)",
+        "source, copied, barrier)",
     ),
     "peer's last signals not awaited": ("                cute.arch.cluster_wait()\n", "                pass\n"),
 }
