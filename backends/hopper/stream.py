@@ -322,7 +322,7 @@ class StreamKernel:
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
 
         The kernel waits for this warp, so a slot must cost it little: every lane finds one of 32, then one lane copies them.
-        One that found them as well took M = 8, 64, 128 and 256 from 28, 90, 96 and 99 us to 30, 93, 103 and 104 (H100,
+        With one lane that did both, M = 8, 64, 128 and 256 took 30, 93, 103 and 104 us instead of 28, 90, 96 and 98 (H100,
         2026-11-26).
         """
         config = self.config
