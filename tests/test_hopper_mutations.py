@@ -66,7 +66,7 @@ MUTATIONS = {
         "popc(starts & ((Int32(2) << lane) - 1))",
         "popc(starts & ((Int32(1) << lane) - 1))",
     ),
-    "slots asked for again before they are copied": (
+    "the next slots not looked for from the last one on": (
         "            entry = cute.arch.shuffle_sync(entry, 31)\n",
         "            pass\n",
     ),

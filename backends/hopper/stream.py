@@ -337,7 +337,7 @@ class StreamKernel:
             packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
             count, eight, chunk = packed >> 16, slot - before * config.chunks, Int32(0)
             if cutlass.const_expr(config.chunks > 1):
-                groups = cutlass.max(count + GROUP - 1 >> 3, 1)
+                groups = cutlass.max(count + GROUP - 1 >> 3, 1)  # none behind the last expert
                 chunk = Int32(Uint32(eight) // Uint32(groups))
                 eight -= chunk * groups
             number = ((packed & 0xFFFF) * eights + eight) * config.chunks + chunk

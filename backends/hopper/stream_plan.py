@@ -97,7 +97,7 @@ class StreamConfig:
             "sums": self.tokens * self.rows * 4,
             "totals": 16,
             "votes": VOTES_BYTES,
-            "requests": 32 * 16,
+            "requests": 32 * 16,  # of slots (`StreamKernel._copy_slots`)
             "barriers": 8 * self.barriers["end"],
             "table": (self.experts + 2) * 8,
         }
