@@ -38,7 +38,7 @@ MUTATIONS = {
         "pass",
     ),
     "weights not awaited": (
-        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), stage_turn)',
+        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", loaded), loaded_turn)',
         "pass",
     ),
     "activations overwritten before they are read": (FREE, ""),
@@ -79,16 +79,16 @@ MUTATIONS = {
     "fourth group of a pass never multiplied": ("left <= width * GROUP) |", "left < width * GROUP - 8) |"),
     "columns past the last stored": ("if column < hidden:", "if column >= 0:"),
     "next item's slots a turn of the ring too late": (
-        "return slot - turn * self.config.slots, turn & 1",
-        "return slot - turn * self.config.slots, 1 - turn & 1",
+        "return slot - turn * ring, turn & 1",
+        "return slot - turn * ring, 1 - turn & 1",
     ),
     "stages' turns not told apart": (
-        "stage, stage_turn = stage - config.stages, stage_turn ^ 1",
-        "stage, stage_turn = stage - config.stages, stage_turn",
+        "loaded, loaded_turn = loaded - config.stage_barriers, loaded_turn ^ 1",
+        "loaded, loaded_turn = loaded - config.stage_barriers, loaded_turn",
     ),
     "slots behind the end of the ring": (
-        "over = Int32(place + slots >= self.config.slots)",
-        "over = Int32(place + slots > self.config.slots)",
+        "over = Int32(mark + slots >= ring)",
+        "over = Int32(mark + slots > ring)",
     ),
     "late slots not awaited": (
         "while ins.counted((counters + 1).toint()) < tasks:",
@@ -125,6 +125,18 @@ FEW_MUTATIONS = {
     "negative zero counted": ("sum(Int32(bits & 0x7FFFFFFF != 0)", "sum(Int32(bits != 0)"),
     "experts behind the last one": ("[count * Int32(mine + i < experts) for", "[count for"),
 }
+# Of many tokens, whose slots are awaited in no order, at barriers of several rings.
+MANY_MUTATIONS = {
+    "a slot's barrier lost": ("config.slot_barriers)[0] << 16", "config.slot_barriers)[0] << 20"),
+    "a slot's barrier where its place should be": ("(packed & 0xFFFF, packed >> 16)", "(packed, packed >> 16)"),
+    "barriers told apart by the turn of their place": (
+        "place |= self._in_ring(",
+        "turn = self._in_ring(slot - origin, config.slot_barriers)[1]\n                place |= self._in_ring(",
+    ),
+    "places behind the ring": ("if barriers > ring else mark", "if barriers < ring else mark"),
+    "weights told of at the barrier of their place": ("(item - first) % config.stage_barriers)", "stage)"),
+    "one barrier not initialized": ("cutlass.range(begin + thread, end, step", "cutlass.range(begin + thread, end - 1, step"),
+}
 # Of strips in several parts.
 PART_MUTATIONS = {
     "other parts not awaited": (
@@ -135,8 +147,8 @@ PART_MUTATIONS = {
     "a part of another strip": ("index * cute.arch.grid_dim()[0] + strip", "index * cute.arch.grid_dim()[0]"),
     "parts that share an item": ("first, last = part * items // parts,", "first, last = (part * items - 1) // parts,"),
     "slots of the parts before counted": (
-        "place, turn = self._in_ring(slot - origin)",
-        "place, turn = self._in_ring(slot)",
+        "mark, turn = self._in_ring(slot - origin, config.slot_barriers)",
+        "mark, turn = self._in_ring(slot, config.slot_barriers)",
     ),
     "result stored before all is added": (
         "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n        cute.arch.sync_threads()\n",
@@ -264,6 +276,12 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
     emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed, parts=parts)
 
 
+def many(schedule: str, seed: int) -> None:
+    """More slots than the 128 that items in work may have, of two stages' barriers one stage."""
+    config = replace(CONFIG, tokens=512, stages=1, chunks=2)
+    emulation.run(config, 60, 64, alpha(), schedule=schedule, emulator_seed=seed)
+
+
 def few(schedule: str, seed: int) -> None:
     """More experts than a warp lists at a time; the last token alone selects the last of them."""
     config = replace(CONFIG, tokens=16, experts=261)
@@ -323,14 +341,17 @@ def plant(monkeypatch, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS, *FEW_MUTATIONS])
+@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS, *FEW_MUTATIONS, *MANY_MUTATIONS])
 def test_fault_of_the_streaming_kernel_is_reported(fault, plant) -> None:
-    faults = {**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS, **FEW_MUTATIONS}
+    faults = {**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS, **FEW_MUTATIONS, **MANY_MUTATIONS}
     plant(stream, "StreamKernel", StreamConfig, *faults[fault])
     with pytest.raises((EmulatorError, AssertionError)):
         for schedule, seed in SCHEDULES:
             if fault in FEW_MUTATIONS:
                 few(schedule, seed)
+                continue
+            if fault in MANY_MUTATIONS:
+                many(schedule, seed)
                 continue
             streaming(schedule, seed, 2 if fault in CLUSTER_MUTATIONS else 1, 2 if fault in PART_MUTATIONS else 1)
 
@@ -361,6 +382,7 @@ def test_fault_of_the_listing_kernel_is_reported(fault, plant) -> None:
         functools.partial(streaming, cluster=2),
         functools.partial(streaming, parts=2),
         few,
+        many,
         multiplying,
         listing,
     ],

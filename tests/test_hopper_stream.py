@@ -43,6 +43,8 @@ def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
         (replace(SMALL, rows=32, phases=3, stages=4, experts=9, chunks=2), 40, 70),
         (replace(SMALL, tokens=384, experts=4, stages=2, slots=4), 96, 64),  # about 24 tokens an expert
         (replace(SMALL, rows=32, phases=8, stages=8, slots=5, tokens=128, experts=3), 129 - 1, 40),
+        (replace(SMALL, rows=32, phases=3, stages=3, slots=5, tokens=512, experts=7), 130, 40),  # items in no order
+        (replace(SMALL, rows=32, phases=3, stages=2, slots=4, tokens=512, experts=9, chunks=2, cluster=2), 70, 70),
         (replace(SMALL, cluster=2), 7, 50),  # all rows of the second CTA lie past the last
         (replace(SMALL, phases=3, slots=5, cluster=2, out_dtype="float32"), 48, 192),  # two clusters for three strips
         (replace(SMALL, rows=32, experts=9, chunks=2, slots=6, cluster=2), 12, 70),

@@ -58,6 +58,7 @@ class StreamKernel:
         self.out_type = _OUT_TYPES[config.out_dtype]
         self.offset = config.offsets()
         self.barrier = config.barriers
+        self.many_barriers = config.slot_barriers > config.slots
         self.row_bytes = config.rows * 4
         #: Types and alignments in bytes of the pointers of `__call__`.
         self.pointers = (
@@ -193,13 +194,20 @@ class StreamKernel:
 
     @cute.jit
     def _start_barriers(self, barriers: cute.Pointer, thread: Int32):
-        if thread == 0:
-            blocks = self.config.blocks
-            arrivals = {"weights_empty": blocks, "slot_empty": blocks * self.config.cluster}
-            kinds = list(self.barrier)
+        blocks = self.config.blocks
+        arrivals = {"weights_empty": blocks, "slot_empty": blocks * self.config.cluster}
+        kinds = list(self.barrier)
+        # One takes a warp 45 cycles: many are divided over all warps, though their fences take 1.3 us (H100, 2026-11-26).
+        step = self.config.threads if self.many_barriers else 1
+        if thread < step:
             for kind, following in zip(kinds, kinds[1:]):
-                for i in cutlass.range_constexpr(self.barrier[kind], self.barrier[following]):
-                    cute.arch.mbarrier_init(barriers + i, arrivals.get(kind, 1))
+                begin, end, count = self.barrier[kind], self.barrier[following], arrivals.get(kind, 1)
+                if cutlass.const_expr(self.many_barriers):
+                    for i in cutlass.range(begin + thread, end, step, unroll=1):
+                        cute.arch.mbarrier_init(barriers + i, count)
+                else:
+                    for i in cutlass.range_constexpr(begin, end):
+                        cute.arch.mbarrier_init(barriers + i, count)
             cute.arch.mbarrier_init_fence()
         # Awaited before anything is copied: a peer's copies and arrivals need barriers that exist. The fence suffices.
         if cutlass.const_expr(self.config.cluster > 1):
@@ -307,7 +315,7 @@ class StreamKernel:
             elif item - first >= _FIRST_STAGES:
                 # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
                 cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - _FIRST_STAGES), 0)
-            full = self._barrier(barriers, "weights_full", stage)
+            full = self._barrier(barriers, "weights_full", (item - first) % config.stage_barriers)
             cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
             target = smem + self.offset["weights"] + stage * config.stage_bytes
             once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
@@ -342,7 +350,10 @@ class StreamKernel:
                 eight -= chunk * groups
             number = ((packed & 0xFFFF) * eights + eight) * config.chunks + chunk
             size = LIST_BYTES + cutlass.min(count - eight * GROUP, GROUP) * TOKEN_BYTES
-            ins.store4(requests + lane * 16, (number, size, *self._in_ring(slot - origin)))
+            place, turn = self._in_ring(slot - origin, config.slots)
+            if cutlass.const_expr(self.many_barriers):
+                place |= self._in_ring(slot - origin, config.slot_barriers)[0] << 16
+            ins.store4(requests + lane * 16, (number, size, place, turn))
             cute.arch.sync_warp()
             if lane == 0:
                 self._copy_slots(smem, requests, Int64(gathered.toint()), cutlass.min(end - base, 32))
@@ -353,23 +364,29 @@ class StreamKernel:
     def _copy_slots(self, smem: Int32, requests: Int32, gathered: Int64, number: Int32):
         """One lane: that many slots, asked for 16 bytes apart: number in memory, bytes, place in the ring, parity of its turn.
 
-        What takes long begins one slot ahead.
+        Of many barriers the slot's comes above its place. What takes long begins one slot ahead.
         """
         config = self.config
         full, empty = (smem + self.offset["barriers"] + 8 * self.barrier[k] for k in ("slot_full", "slot_empty"))
         rank = cute.arch.block_idx()[0] % config.cluster
-        slot, size, place, turn = ins.load4(requests)
+        slot, size, mark, turn = ins.load4(requests)
+        place, mark = self._unpacked(mark)
         free = Int32(0)
         for following in cutlass.range(1, number + 1, unroll=1):
             if free == 0:
                 ins.wait(empty + place * 8, turn ^ 1)
-            target, barrier, here = smem + self.offset["activations"] + place * SLOT_BYTES, full + place * 8, place
+            target, barrier, here = smem + self.offset["activations"] + place * SLOT_BYTES, full + mark * 8, place
             source, copied = gathered + Int64(slot) * SLOT_BYTES, size
             ins.expect_bytes(barrier, size)
-            slot, size, place, turn = ins.load4(requests + cutlass.min(following, number - 1) * 16)
+            slot, size, mark, turn = ins.load4(requests + cutlass.min(following, number - 1) * 16)
+            place, mark = self._unpacked(mark)
             free = ins.completed(empty + place * 8, turn ^ 1)
             if here % config.cluster == rank:
                 ins.copy_bulk(target, source, copied, barrier, config.cluster)
+
+    def _unpacked(self, packed: Int32) -> tuple:
+        """Place in the ring, barrier."""
+        return (packed & 0xFFFF, packed >> 16) if self.many_barriers else (packed, packed)
 
     def _entry(self, smem: Int32, entry: Int32, base: Int32, lane: Int32) -> Int32:
         """The table's entry with slot `base + lane`, where `entry` is the one with slot `base`, or the one before that."""
@@ -395,19 +412,20 @@ class StreamKernel:
         last = end - begin
         origin = self._first_slot(smem, begin)[0]
         slot, members = self._first_slot(smem, begin + cutlass.min(phase, last))
-        place, turn = self._in_ring(slot - origin)
-        stage, stage_turn, before_turn = phase, Int32(0), Int32(phase == 0)
+        mark, turn = self._in_ring(slot - origin, config.slot_barriers)
+        loaded, loaded_turn, before_turn = phase, Int32(0), Int32(phase == 0)
         for item in cutlass.range(phase, last, config.phases, unroll=1):
-            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage), stage_turn)
+            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", loaded), loaded_turn)
+            stage = self._place(loaded, config.stages, config.stage_barriers)
             source = weights + stage * config.stage_bytes
             words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
             scales = ins.load4(source + scale_offset)
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
-            here, here_turn, left = place, turn, members
+            here, here_turn, left = mark, turn, members
             slot, members = self._first_slot(smem, begin + cutlass.min(item + config.phases, last))
-            place, turn = self._in_ring(slot - origin)
+            mark, turn = self._in_ring(slot - origin, config.slot_barriers)
 
             if cutlass.const_expr(config.ordered):
                 if item > 0:
@@ -423,9 +441,9 @@ class StreamKernel:
                 here, here_turn = self._after(here, here_turn, widest)
             if item + 1 < last:
                 cute.arch.barrier_arrive(barrier_id=_turn(after_me), number_of_threads=64)
-            stage += config.phases
-            if stage >= config.stages:
-                stage, stage_turn = stage - config.stages, stage_turn ^ 1
+            loaded += config.phases
+            if loaded >= config.stage_barriers:
+                loaded, loaded_turn = loaded - config.stage_barriers, loaded_turn ^ 1
             before_turn ^= 1
 
     def _first_slot(self, smem: Int32, item: Int32) -> tuple:
@@ -436,21 +454,26 @@ class StreamKernel:
         members = packed >> 16
         return before * chunks + (item - Int32(entry) * chunks) * (members + GROUP - 1 >> 3), members
 
-    def _in_ring(self, slot: Int32) -> tuple:
-        """Place of a slot in the ring, and the parity of its turn."""
-        turn = Int32(Uint32(slot) // self.config.slots)
-        return slot - turn * self.config.slots, turn & 1
+    def _in_ring(self, slot: Int32, ring: int) -> tuple:
+        """Place of a slot in a ring of that size, and the parity of its turn."""
+        turn = Int32(Uint32(slot) // ring)
+        return slot - turn * ring, turn & 1
 
-    def _after(self, place: Int32, turn: Int32, slots: int) -> tuple:
-        """Place and turn so many slots later, at most a ring."""
-        over = Int32(place + slots >= self.config.slots)
-        return place + slots - over * self.config.slots, turn ^ over
+    def _after(self, mark: Int32, turn: Int32, slots: int) -> tuple:
+        """A slot's barrier and turn so many slots later, at most a ring."""
+        ring = self.config.slot_barriers
+        over = Int32(mark + slots >= ring)
+        return mark + slots - over * ring, turn ^ over
+
+    def _place(self, mark: Int32, ring: int, barriers: int) -> Int32:
+        """The place in the ring of that size of what a barrier of so many tells of."""
+        return self._in_ring(mark, ring)[0] if barriers > ring else mark
 
     @cute.jit
     def _multiply(
-        self, smem, barriers, width: cutlass.Constexpr, words, scales, place, turn, members, first, block, warp, lane,
+        self, smem, barriers, width: cutlass.Constexpr, words, scales, mark, turn, members, first, block, warp, lane,
     ):  # fmt: skip
-        """Up to `width` slots of an item, from a place in the ring on.
+        """Up to `width` slots of an item, from a barrier on.
 
         Args:
             members: tokens of the item from there on.
@@ -460,8 +483,8 @@ class StreamKernel:
         g, t = lane // 4, lane % 4
         places = []
         for i in cutlass.range_constexpr(width):
-            at, at_turn = self._after(place, turn, i)
-            places.append(at)
+            at, at_turn = self._after(mark, turn, i)
+            places.append(self._place(at, config.slots, config.slot_barriers))
             if i * GROUP < members:
                 cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", at), at_turn)
         if cutlass.const_expr(config.ordered):

@@ -17,6 +17,8 @@ GATHER_COUNTERS = 2
 _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 #: Shared memory of a CTA on SM 9.0.
 SMEM_BYTES = 227 * 1024
+# Tokens up to which consumers wait for slots in the order of the items.
+_ORDERED_TOKENS = 384
 # Parts of a strip at most: the first adds the sums of the others one after the other.
 _MOST_PARTS = 8
 
@@ -82,8 +84,24 @@ class StreamConfig:
 
     @property
     def ordered(self) -> bool:
-        """Whether items could wait for slots more than a ring apart, which must be excluded by waiting in order."""
-        return self.phases * -(-self.tokens // GROUP) > self.slots
+        """Whether items could wait for slots more than a ring of barriers apart: they must wait in order, then."""
+        return self._slots_in_work > self.slot_barriers
+
+    @property
+    def stage_barriers(self) -> int:
+        """Barriers that tell of arrived weights, whole rings: with fewer than items in work a consumer would wait for one two
+        turns ahead, which it cannot tell from none."""
+        return _rings(self.phases, self.stages)
+
+    @property
+    def slot_barriers(self) -> int:
+        """Barriers that tell of arrived slots, whole rings: one, or as many as the items in work can have slots, where that
+        gains more than it takes to initialize them."""
+        return self.slots if self.tokens <= _ORDERED_TOKENS else _rings(self._slots_in_work, self.slots)
+
+    @property
+    def _slots_in_work(self) -> int:
+        return self.phases * -(-self.tokens // GROUP)
 
     @property
     def stage_bytes(self) -> int:
@@ -107,13 +125,18 @@ class StreamConfig:
     def barriers(self) -> dict[str, int]:
         """Index of the first barrier of each kind, and "end"."""
         sizes = {
-            "weights_full": self.stages,
+            "weights_full": self.stage_barriers,
             "weights_empty": self.stages,
-            "slot_full": self.slots,
+            "slot_full": self.slot_barriers,
             "slot_empty": self.slots,
             "acquired": self.consumers if self.ordered else 0,
         }
         return _running(sizes)
+
+
+def _rings(least: int, ring: int) -> int:
+    """The first multiple of `ring` that is not less."""
+    return -(-least // ring) * ring
 
 
 def _running(sizes: dict[str, int]) -> dict[str, int]:

@@ -29,6 +29,7 @@ PASS_TOKENS = 512
 _CAPACITIES = (STREAM_TOKENS, 64, 128, 256, 384, 512)
 # More gained nothing (H200, 2026-11-23).
 _MAX_STAGES = 16
+_MIN_STAGES = 3
 # Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
 _MAX_CONSUMERS = 14
 #: The table of selected experts holds an expert in 16 bits.
@@ -81,7 +82,7 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
     if stream_config(problem, tactic, min(problem.m, PASS_TOKENS)) is None:
         return Support(
             False,
-            f"shared memory ({SMEM_BYTES} bytes) does not hold the sums, {tactic.slots} slots and {tactic.phases} stages",
+            f"shared memory ({SMEM_BYTES} bytes) does not hold the sums, {tactic.slots} slots and {_MIN_STAGES} stages",
         )
     return SUPPORTED
 
@@ -90,8 +91,7 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
 def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> StreamConfig | None:
     """The streaming kernel for a pass of that many tokens; None where shared memory is too small."""
     capacity = next(c for c in _CAPACITIES if c >= tokens)
-    # With fewer stages than phases a consumer would wait for a barrier two turns ahead, which it cannot tell from none.
-    for stages in range(_MAX_STAGES, tactic.phases - 1, -1):
+    for stages in range(_MAX_STAGES, _MIN_STAGES - 1, -1):
         config = StreamConfig(
             tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
             problem.intermediate // CHUNK, dtype_name(problem.out_dtype), problem.a_layout == "128x4", tactic.cluster,
@@ -127,7 +127,7 @@ def default_tactic(problem: Fc2Problem) -> HopperTactic:
     """
     if problem.n <= 66 * 64 and problem.m <= 64:
         return HopperTactic(rows=32, phases=8)
-    return HopperTactic(phases=7, slots=14) if problem.m <= 384 else HopperTactic(phases=5)
+    return HopperTactic(phases=7, slots=14)
 
 
 def tactics(problem: Fc2Problem) -> list[HopperTactic]:
@@ -139,6 +139,7 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
         HopperTactic(64, 5, 12, 2),
         HopperTactic(64, 6, 12),
         HopperTactic(64, 7, 14),
+        HopperTactic(64, 7, 16),
         HopperTactic(64, 7, 14, 2),
         HopperTactic(32, 8, 12),
     ]

@@ -26,7 +26,7 @@ from .check_tmem import TensorChecks
 from .report import EmulatorError, Fault, Race
 from .shadow import GPU_SCOPES, MASK, SHIFT, Shadow, SmemShadow, join, merge_foreign
 
-_BARRIERS_PER_CTA = 96
+_BARRIERS_PER_CTA = 256
 
 
 class Checker(SharedChecks, TensorChecks, GlobalChecks):
