@@ -11,7 +11,7 @@ from cutlass.cute.runtime import make_ptr
 
 from backends.hopper import compiler
 from backends.hopper.dense_plan import AHEAD, STREAM_TOKENS, DenseTiling
-from backends.hopper.stream_plan import GATHER_COUNTERS, StreamConfig, strips
+from backends.hopper.stream_plan import GATHER_COUNTERS, Division, StreamConfig
 from backends.hopper.tactic import KernelConfig
 from backends.problem import OUT_DTYPES
 from backends.triton import layout
@@ -100,6 +100,8 @@ def run(
     seed: int = 0,
     emulator_seed: int = 0,
     parts: int = 1,
+    helpers: int = 0,
+    cost: int = 0,
     **options,
 ) -> tuple[torch.Tensor, Report]:
     """Fresh operands through the emulator into a poisoned output, checked against the float64 reference."""
@@ -108,6 +110,8 @@ def run(
         alpha = make_alpha(alpha, m, config.experts, torch.Generator().manual_seed(seed + 1))
     a, b = make_operands(m, n, k, seed, layout="128x4" if config.a_swizzled else "linear")
     prepared = layout.prepare(b)
+    strips = -(-n // (config.rows * config.cluster)) * config.cluster
+    division = Division(strips, parts, helpers, -(-strips // helpers) if helpers else 0, cost)
     out = torch.full((m, n), float("nan"), dtype=OUT_DTYPES[config.out_dtype])
     expected = slots(a, alpha)
     gathered = expected.clone()
@@ -116,10 +120,10 @@ def run(
     tensors = dict(
         alpha=alpha, a_data=a.data, a_scale=a.scale, w_data=prepared.data, w_scale=prepared.scale, gathered=gathered,
         counts=counts, token_of=token_of, weight_of=weight_of,
-        sums=torch.full((max((parts - 1) * strips(n, config) * m * config.rows, 4),), float("nan")),
-        counters=torch.zeros(GATHER_COUNTERS + strips(n, config), dtype=torch.int32), out=out,
+        sums=torch.full((max(division.left * division.strips * m * config.rows, 4),), float("nan")),
+        counters=torch.zeros(GATHER_COUNTERS + division.strips, dtype=torch.int32), out=out,
     )  # fmt: skip
-    report = launch(config, tensors, (m, n, parts), seed=emulator_seed, **options)
+    report = launch(config, tensors, (m, n, *division.integers), seed=emulator_seed, **options)
     assert torch.equal(gathered, expected)
     assert_meets_bar(out, *reference(a, b, alpha))
     return out, report

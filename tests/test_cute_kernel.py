@@ -5,7 +5,6 @@ grid of each against all token counts and the other sizes in rotation.
 """
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest

@@ -1,4 +1,5 @@
 """The Hopper backend without a GPU: its rules, and the small kernels around its main ones, emulated from their PTX."""
+
 from __future__ import annotations
 
 from dataclasses import replace

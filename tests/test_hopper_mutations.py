@@ -14,10 +14,9 @@ import torch
 pytest.importorskip("cutlass")
 pytest.importorskip("triton")
 
-from backends.hopper import compiler, dense, dense_plan, lists, stream
-from backends.hopper.dense_plan import DenseKernelTile, dense_tiling
+from backends.hopper import compiler, dense, dense_plan, lists, share, stream
+from backends.hopper.dense_plan import dense_tiling
 from backends.hopper.stream_plan import StreamConfig
-from backends.hopper.tactic import ListConfig
 from tests import hopper_emulation as emulation
 from tests import test_hopper_lists
 from tests.emulator import EmulatorError
@@ -131,11 +130,14 @@ MANY_MUTATIONS = {
     "a slot's barrier where its place should be": ("(packed & 0xFFFF, packed >> 16)", "(packed, packed >> 16)"),
     "barriers told apart by the turn of their place": (
         "place |= self._in_ring(",
-        "turn = self._in_ring(slot - origin, config.slot_barriers)[1]\n                place |= self._in_ring(",
+        "turn = self._in_ring(slot + offset, config.slot_barriers)[1]\n                place |= self._in_ring(",
     ),
     "places behind the ring": ("if barriers > ring else mark", "if barriers < ring else mark"),
-    "weights told of at the barrier of their place": ("(item - first) % config.stage_barriers)", "stage)"),
-    "one barrier not initialized": ("cutlass.range(begin + thread, end, step", "cutlass.range(begin + thread, end - 1, step"),
+    "weights told of at the barrier of their place": ("number % config.stage_barriers)", "stage)"),
+    "one barrier not initialized": (
+        "cutlass.range(begin + thread, end, step",
+        "cutlass.range(begin + thread, end - 1, step",
+    ),
 }
 # Of strips in several parts.
 PART_MUTATIONS = {
@@ -143,17 +145,43 @@ PART_MUTATIONS = {
         "            while ins.counted((flags + strip)",
         "            while ins.counted((flags + strip).toint()) < 0 * ins.counted((flags + strip)",
     ),
-    "sums of one part too few": ("cutlass.range(parts - 1, unroll=1)", "cutlass.range(parts - 2, unroll=1)"),
-    "a part of another strip": ("index * cute.arch.grid_dim()[0] + strip", "index * cute.arch.grid_dim()[0]"),
-    "parts that share an item": ("first, last = part * items // parts,", "first, last = (part * items - 1) // parts,"),
+    "sums of one part too few": ("cutlass.range(left, unroll=1)", "cutlass.range(left - 1, unroll=1)"),
+    "a part of another strip": ("index * self._strips(hidden) + strip", "index * self._strips(hidden)"),
     "slots of the parts before counted": (
-        "mark, turn = self._in_ring(slot - origin, config.slot_barriers)",
-        "mark, turn = self._in_ring(slot, config.slot_barriers)",
+        "offset = done * (end - origin) - origin\n",
+        "offset = done * (end - origin)\n",
     ),
     "result stored before all is added": (
         "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n        cute.arch.sync_threads()\n",
         "ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))\n",
     ),
+}
+# Of strips with a helper.
+HELPER_MUTATIONS = {
+    "sums left before all are added": (
+        "Float32(0.0)\n        cute.arch.barrier(barrier_id=_SUMS, number_of_threads=threads)\n",
+        "Float32(0.0)\n",
+    ),
+    "sums announced before all are left": (
+        "        cute.arch.barrier(barrier_id=_SUMS, number_of_threads=threads)\n        # The last consumer",
+        "        # The last consumer",
+    ),
+    "a strip begun with the sums of another": (
+        "            ins.store4(here, (zero, zero, zero, zero))\n",
+        "            pass\n",
+    ),
+    "sums of another strip": ("- 1, strip, hidden, size)", "- 1, 0, hidden, size)"),
+    "weights of the first strip": ("Int64((strip + done * config.cluster)", "Int64((strip + 0 * done)"),
+    "slots of the strip before counted anew": ("offset = done * (end - origin) - origin\n", "offset = 0 - origin\n"),
+    "slots of another strip's place": ("offset, entry = done * (end - origin) - origin", "offset, entry = 0 - origin"),
+    "each strip begun by the first consumer": ("// config.phases * config.phases - last", "* 0 + phase - start"),
+}
+# Of what a CTA's share is.
+SHARE_MUTATIONS = {
+    "items of two parts": ("(kept, part * kept // parts)", "(kept, (part * kept - 1) // parts)"),
+    "items that no part has": ("(kept, part * kept // parts)", "(kept + 1, part * kept // parts)"),
+    "one helper waited for too few": ("parts - 1 + Int32(helped > 0)", "parts - 1"),
+    "a helper of too many strips": ("cutlass.min(rounds, strips // cluster - first)", "rounds"),
 }
 
 
@@ -276,6 +304,20 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
     emulation.run(config, 60, 100, alpha(), schedule=schedule, emulator_seed=seed, parts=parts)
 
 
+def helped(schedule: str, seed: int) -> None:
+    """A helper of three strips, whose number of items consumers do not divide, with slots awaited in order; two helpers, of two
+    strips and of one, beside two parts; a pair of helpers."""
+    for n, changes, helpers, parts in (
+        (160, {}, 1, 1),
+        (150, {"rows": 64}, 2, 1),
+        (150, {"rows": 64, "cluster": 2}, 2, 1),
+    ):
+        config = replace(CONFIG, **{"rows": 32, "phases": 3, "stages": 3, "experts": 20, "chunks": 2, **changes})
+        emulation.run(
+            config, 60, n, alpha()[:, :20], schedule=schedule, emulator_seed=seed, helpers=helpers, parts=parts
+        )
+
+
 def many(schedule: str, seed: int) -> None:
     """More slots than the 128 that items in work may have, of two stages' barriers one stage."""
     config = replace(CONFIG, tokens=512, stages=1, chunks=2)
@@ -324,68 +366,82 @@ def little_ahead(monkeypatch):
 def plant(monkeypatch, tmp_path):
     """Puts a fault into a kernel's text: the DSL reads a function's text from its file."""
 
-    def planted(module, kernel: str, config: type, text: str, changed: str) -> None:
+    def planted(module, text: str, changed: str):
         source = Path(module.__file__).read_text()
-        assert text in source, "the kernel's text has moved on: state this fault anew"
+        assert text in source, "the text has moved on: state this fault anew"
         path = tmp_path / f"mutated_{module.__name__.rpartition('.')[2]}.py"
         path.write_text(source.replace(text, changed))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         mutated = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, path.stem, mutated)
         spec.loader.exec_module(mutated)
-        monkeypatch.setitem(compiler.KERNELS, config, getattr(mutated, kernel))
+        for config, kernel in compiler.KERNELS.items():
+            if hasattr(mutated, kernel.__name__):
+                monkeypatch.setitem(compiler.KERNELS, config, getattr(mutated, kernel.__name__))
         emulation.compiled.cache_clear()
+        return mutated
 
     yield planted
     emulation.compiled.cache_clear()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("fault", [*MUTATIONS, *CLUSTER_MUTATIONS, *PART_MUTATIONS, *FEW_MUTATIONS, *MANY_MUTATIONS])
-def test_fault_of_the_streaming_kernel_is_reported(fault, plant) -> None:
-    faults = {**MUTATIONS, **CLUSTER_MUTATIONS, **PART_MUTATIONS, **FEW_MUTATIONS, **MANY_MUTATIONS}
-    plant(stream, "StreamKernel", StreamConfig, *faults[fault])
+def must_be_reported(call) -> None:
     with pytest.raises((EmulatorError, AssertionError)):
         for schedule, seed in SCHEDULES:
-            if fault in FEW_MUTATIONS:
-                few(schedule, seed)
-                continue
-            if fault in MANY_MUTATIONS:
-                many(schedule, seed)
-                continue
-            streaming(schedule, seed, 2 if fault in CLUSTER_MUTATIONS else 1, 2 if fault in PART_MUTATIONS else 1)
+            call(schedule, seed)
+
+
+# Of the streaming kernel, each with a call that it must spoil.
+STREAMING = (
+    (MUTATIONS, streaming),
+    (CLUSTER_MUTATIONS, functools.partial(streaming, cluster=2)),
+    (PART_MUTATIONS, functools.partial(streaming, parts=2)),
+    (HELPER_MUTATIONS, helped),
+    (FEW_MUTATIONS, few),
+    (MANY_MUTATIONS, many),
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "call"),
+    [pytest.param(text, call, id=name) for faults, call in STREAMING for name, text in faults.items()],
+)
+def test_fault_of_the_streaming_kernel_is_reported(fault, call, plant) -> None:
+    plant(stream, *fault)
+    must_be_reported(call)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", SHARE_MUTATIONS)
+def test_fault_of_shares_is_reported(fault, plant, monkeypatch) -> None:
+    monkeypatch.setattr(stream, "share", plant(share, *SHARE_MUTATIONS[fault]).share)
+
+    def call(schedule: str, seed: int) -> None:
+        streaming(schedule, seed, parts=2)
+        helped(schedule, seed)
+
+    must_be_reported(call)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", DENSE_MUTATIONS)
 def test_fault_of_the_dense_kernel_is_reported(fault, plant) -> None:
-    plant(dense, "DenseKernel", DenseKernelTile, *DENSE_MUTATIONS[fault])
-    with pytest.raises((EmulatorError, AssertionError)):
-        for schedule, seed in SCHEDULES:
-            multiplying(schedule, seed)
+    plant(dense, *DENSE_MUTATIONS[fault])
+    must_be_reported(multiplying)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", LIST_MUTATIONS)
 def test_fault_of_the_listing_kernel_is_reported(fault, plant) -> None:
-    plant(lists, "ListKernel", ListConfig, *LIST_MUTATIONS[fault])
-    with pytest.raises((EmulatorError, AssertionError)):
-        for schedule, seed in SCHEDULES:
-            listing(schedule, seed)
+    plant(lists, *LIST_MUTATIONS[fault])
+    must_be_reported(listing)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     "call",
-    [
-        streaming,
-        functools.partial(streaming, cluster=2),
-        functools.partial(streaming, parts=2),
-        few,
-        many,
-        multiplying,
-        listing,
-    ],
+    [*(call for _, call in STREAMING), multiplying, listing],
 )
 def test_the_same_calls_without_a_fault(call) -> None:
     for schedule, seed in SCHEDULES:

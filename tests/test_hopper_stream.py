@@ -80,14 +80,44 @@ def test_strips_in_parts(config, m, n, parts, schedule) -> None:
     emulation.run(config, m, n, alpha, seed=m, schedule=schedule, parts=parts)
 
 
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
 @pytest.mark.parametrize(
-    ("hidden", "rows", "cluster", "expected"),
-    [(7168, 64, 1, 1), (2048, 64, 1, 4), (2048, 64, 2, 4), (2880, 64, 2, 2), (64, 32, 1, 8)],
+    ("config", "m", "n", "helpers", "cost"),
+    [
+        (SMALL, 40, 192, 1, 0),  # three strips of one helper, an item of each
+        (replace(SMALL, rows=32, experts=9, chunks=2), 21, 96, 1, 3),
+        (replace(SMALL, phases=4, stages=4, tokens=16, experts=40), 16, 128, 2, 4),  # one strip each
+        (replace(SMALL, experts=9, chunks=2, cluster=2), 21, 256, 2, 0),  # two strips of each CTA of a pair
+        (replace(SMALL, rows=32, phases=3, stages=2, slots=5, tokens=512, experts=12, chunks=2), 70, 90, 1, 2),
+        (SMALL, 12, 100, 2, 3),  # a share of one item would cost more
+    ],
 )
-def test_as_many_parts_as_run_at_once(hidden, rows, cluster, expected) -> None:
-    config = replace(SMALL, rows=rows, cluster=cluster)
-    assert stream_plan.parts(hidden, config, 132) == expected
-    assert stream_plan.strips(hidden, config) * rows >= hidden and stream_plan.strips(hidden, config) % cluster == 0
+def test_helpers_take_a_share_of_strips(config, m, n, helpers, cost, schedule) -> None:
+    alpha = quarter(m, config.experts, torch.Generator().manual_seed(m))
+    emulation.run(config, m, n, alpha, seed=m, schedule=schedule, helpers=helpers, cost=cost)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows", "cluster", "tokens", "parts", "helpers", "rounds"),
+    [
+        (7168, 64, 1, 384, 1, 0, 0),
+        (7168, 64, 1, 385, 1, 16, 7),
+        (2048, 64, 1, 64, 4, 0, 0),
+        (2048, 64, 2, 64, 4, 0, 0),
+        (2880, 64, 2, 64, 2, 0, 0),
+        (2880, 64, 2, 65, 2, 24, 2),
+        (5120, 64, 1, 4, 1, 0, 0),
+        (5120, 64, 1, 5, 1, 40, 2),
+        (6144, 64, 1, 65, 1, 32, 3),
+        (64, 32, 1, 512, 8, 0, 0),
+    ],
+)
+def test_as_many_ctas_as_run_at_once(hidden, rows, cluster, tokens, parts, helpers, rounds) -> None:
+    division = stream_plan.division(hidden, replace(SMALL, rows=rows, cluster=cluster), tokens, 132)
+    assert (division.parts, division.helpers, division.rounds) == (parts, helpers, rounds)
+    assert division.strips * rows >= hidden and division.strips % cluster == 0 and helpers % cluster == 0
+    assert helpers * rounds >= division.strips * bool(helpers)
+    assert helpers + division.strips * division.parts <= 132
 
 
 def test_one_expert_of_many_tokens() -> None:
@@ -181,10 +211,10 @@ def test_tactics_fit_shared_memory(m) -> None:
     assert tactics(problem)
     for tactic in tactics(problem):
         config = stream_config(problem, tactic, m)
-        assert config.tokens >= m and config.stages >= config.phases
+        assert config.tokens >= m and config.stages >= 3
         assert config.offsets()["end"] <= SMEM_BYTES
 
 
-def test_too_many_phases_for_shared_memory() -> None:
-    problem = Fc2Problem(512, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+def test_too_many_experts_for_shared_memory() -> None:
+    problem = Fc2Problem(512, 7168, 2048 * 256, 2048, b_layout="triton/fragments", capability=(9, 0))
     assert stream_config(problem, HopperTactic(slots=16), 512) is None

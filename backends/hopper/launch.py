@@ -52,10 +52,10 @@ def run(
     acts = torch.empty((acts_bytes + tiling.ahead_bytes) // 4, dtype=torch.int32, device=device)
     first_acts = acts.data_ptr() + acts_bytes
     # Part sums, the same.
-    strips, parts = stream_plan.strips(problem.n, config), stream_plan.parts(problem.n, config, multiprocessors)
-    floats = max((parts - 1) * strips * tokens * config.rows, tiling.parts_floats)
+    division = stream_plan.division(problem.n, config, tokens, multiprocessors)
+    floats = max(division.left * division.strips * tokens * config.rows, tiling.parts_floats)
     sums = torch.empty(floats, dtype=torch.float32, device=device)
-    before = GATHER_COUNTERS + strips
+    before = GATHER_COUNTERS + division.strips
     counters = torch.empty(before + tiling.counters, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
 
@@ -68,7 +68,7 @@ def run(
     )  # fmt: skip
     launcher(config)(
         alpha.data_ptr(), *operands, *weights, acts.data_ptr(), counts.data_ptr(), token_of.data_ptr(), weight_of.data_ptr(),
-        sums.data_ptr(), counters.data_ptr(), out.data_ptr(), tokens, problem.n, parts, stream,
+        sums.data_ptr(), counters.data_ptr(), out.data_ptr(), tokens, problem.n, *division.integers, stream,
     )  # fmt: skip
     if tokens > STREAM_TOKENS:
         launcher(tiling.kernel)(

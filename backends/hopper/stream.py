@@ -4,7 +4,8 @@
 
 A CTA owns 32 or 64 rows of B, a strip. It walks the items, an expert's 256 values of K each, in ascending order, and keeps
 float32 sums of all tokens in shared memory. Where there are fewer strips than multiprocessors, several CTAs take a part of
-the items of each, and the one with the first adds the sums of the others. Three roles:
+the items of each, helpers the same part of several strips (`share.py`), and the CTA with the first part adds the sums of the
+others. Three roles:
 
 - the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
@@ -23,6 +24,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from backends.hopper import instructions as ins
 from backends.hopper.form import is_dense
 from backends.hopper.gather import gather_slot, is_late
+from backends.hopper.share import FIELDS, share
 from backends.hopper.stream_plan import (
     BLOCK_DATA,
     BLOCK_ROWS,
@@ -35,6 +37,8 @@ from backends.hopper.stream_plan import (
     StreamConfig,
 )  # fmt: skip
 
+# The hardware barrier at which all consumers meet, behind those of `_turn`.
+_SUMS = 15
 # Stages of weights that are asked for before the first are there.
 _FIRST_STAGES = 8
 # Tasks of gathering a late expert.
@@ -51,7 +55,7 @@ class StreamKernel:
     """One instance per compiled kernel; the tokens and the hidden size are run-time arguments."""
 
     #: Integers of `__call__`.
-    INTEGERS = 3
+    INTEGERS = 6
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
@@ -84,6 +88,9 @@ class StreamKernel:
         tokens: Int32,
         hidden: Int32,
         parts: Int32,
+        helpers: Int32,
+        rounds: Int32,
+        cost: Int32,
         stream,
     ):
         """Launch on `stream`. Nothing is written where alpha is dense (`form`), unless the kernel is one for `few` tokens.
@@ -93,17 +100,16 @@ class StreamKernel:
             a_data: [tokens, K/8] words.
             w_data, w_scale: uint8, prepared weights (`backends/triton/layout.py`).
             gathered, counts, token_of, weight_of: of `lists.ListKernel`; `counts` may be read up to a multiple of 8.
-            sums: workspace, float32 [parts - 1, strips, tokens, rows].
+            sums: workspace, float32 [Division.left, strips, tokens, rows].
             counters: int32 [GATHER_COUNTERS + strips], zero before a call.
             out: [tokens, hidden].
-            parts: `stream_plan.parts`.
+            parts, helpers, rounds, cost: of `stream_plan.Division`.
         """
         self.kernel(
             alpha, a_data, a_scale, w_data, w_scale, gathered, counts, token_of, weight_of, sums, counters, out, tokens, hidden,
-            parts,
+            parts, helpers, rounds, cost,
         ).launch(
-            # Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes.
-            grid=(cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster, parts, 1),
+            grid=(helpers + self._strips(hidden) * parts, 1, 1),
             block=(self.config.threads, 1, 1),
             cluster=(self.config.cluster, 1, 1) if self.config.cluster > 1 else None,
             smem=self.offset["end"],
@@ -116,7 +122,8 @@ class StreamKernel:
     def kernel(
         self, alpha: cute.Pointer, a_data: cute.Pointer, a_scale: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer,
         gathered: cute.Pointer, counts: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer, sums: cute.Pointer,
-        counters: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32,
+        counters: cute.Pointer, out: cute.Pointer, tokens: Int32, hidden: Int32, parts: Int32, helpers: Int32, rounds: Int32,
+        cost: Int32,
     ):  # fmt: skip
         config = self.config
         base = cute.arch.get_dyn_smem(cutlass.Int64, alignment=128)
@@ -138,27 +145,25 @@ class StreamKernel:
             votes = smem + self.offset["votes"]
             dense = is_dense(alpha, tokens, config.experts, votes, config.threads // 32, warp, lane)
             # Where there is nothing to do, one block stays, as in the dense kernel.
-            x, y, _ = cute.arch.block_idx()
-            if ~dense | (x + y == 0):
+            if ~dense | (cute.arch.block_idx()[0] == 0):
                 cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
         if ~dense:
             cute.arch.sync_threads()
             if warp == 0:
-                self._list_experts(smem, counts, tokens, lane)
+                used = self._list_experts(smem, counts, tokens, lane)
+                block, strips = cute.arch.block_idx()[0], self._strips(hidden)
+                mine = share(block, used * config.chunks, strips, config.cluster, parts, helpers, rounds, cost)
+                for i in cutlass.range_constexpr(0, len(FIELDS), 2):
+                    ins.store2_if(lane == 0, smem + self.offset["share"] + i * 4, mine[i : i + 2])
             cute.arch.sync_threads()
-            used = ins.load1(smem + self.offset["totals"])
-            # The first part waits for the others: its blocks are the last to start, or a GPU that is shared with others might
-            # never have room for those.
-            strip, row, _ = cute.arch.block_idx()
-            part, items = parts - 1 - row, used * config.chunks
-            first, last = part * items // parts, (part + 1) * items // parts
+            flags = counters + GATHER_COUNTERS
             if warp < config.consumers:
                 if cutlass.const_expr(not config.few):
                     if self._late(smem) > 0:
-                        self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, used, lane)
-                self.consume(smem, barriers, first, last, warp, lane)
+                        self.gather(smem, a_data, a_scale, token_of, weight_of, gathered, counters, tokens, lane)
+                self.consume(smem, barriers, tokens, hidden, sums, flags, warp, lane)
             elif warp == config.consumers:
                 if cutlass.const_expr(config.few):
                     # Weights need not wait for the listing kernel.
@@ -168,22 +173,27 @@ class StreamKernel:
                     while ins.counted((counters + 1).toint()) < tasks:
                         pass
                     ins.fence_async()
-                self.fetch(smem, gathered, tokens, first, last, lane)
+                self.fetch(smem, gathered, tokens, lane)
             elif lane == 0:
-                self.load(smem, barriers, first, last, w_data, w_scale, hidden)
+                self.load(smem, barriers, w_data, w_scale, hidden)
             cute.arch.sync_threads()
             # No CTA may leave while its peer still signals its barriers.
             if cutlass.const_expr(config.cluster > 1):
                 cute.arch.cluster_arrive()
-            flags = counters + GATHER_COUNTERS
-            if part > 0:
-                self._leave(smem, sums, flags, tokens, part, strip, warp, lane)
-            else:
-                if parts > 1:
-                    self._add(smem, sums, flags, tokens, parts, strip, warp, lane)
+            if self._mine(smem, "part") == 0:
+                if self._mine(smem, "left") > 0:
+                    self._add(smem, sums, flags, tokens, hidden, warp, lane)
                 self._store(smem, out, tokens, hidden, warp, lane)
             if cutlass.const_expr(config.cluster > 1):
                 cute.arch.cluster_wait()
+
+    def _strips(self, hidden: Int32) -> Int32:
+        """Whole clusters: prepared weights are padded to 128 rows, as many as the tallest cluster takes."""
+        return cute.ceil_div(hidden, self.config.rows * self.config.cluster) * self.config.cluster
+
+    def _mine(self, smem: Int32, field: str) -> Int32:
+        """Of this CTA's share (`share.py`)."""
+        return ins.load1(smem + self.offset["share"] + FIELDS.index(field) * 4)
 
     def _late(self, smem: Int32) -> Int32:
         """Experts whose activations are still to be gathered."""
@@ -225,7 +235,7 @@ class StreamKernel:
     @cute.jit
     def _list_experts(self, smem: Int32, counts: cute.Pointer, tokens: Int32, lane: Int32):
         """The table of selected experts, (expert, tokens << 16; groups of the experts before), two entries for none, and
-        totals: selected experts, and those whose activations are still to be gathered."""
+        totals: selected experts, which are returned as well, and those whose activations are still to be gathered."""
         experts = self.config.experts
         table = smem + self.offset["table"]
         used, groups, late = Int32(0), Int32(0), Int32(0)
@@ -258,18 +268,19 @@ class StreamKernel:
         late = cute.arch.warp_redux_sync(late, "add")
         ins.store2_if(lane < 2, table + (used + lane) * 8, (Int32(0), groups))
         ins.store2_if(lane == 0, smem + self.offset["totals"], (used, late))
+        return used
 
     @cute.jit
     def gather(
         self, smem: Int32, a_data: cute.Pointer, a_scale: cute.Pointer, token_of: cute.Pointer, weight_of: cute.Pointer,
-        gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32, used: Int32, lane: Int32,
+        gathered: cute.Pointer, counters: cute.Pointer, tokens: Int32, lane: Int32,
     ):  # fmt: skip
         """A consumer warp: slots of late experts, until no CTA has one left; a task is every so many of an expert's.
 
         Tasks are taken, never assigned: they get done however many CTAs a shared GPU has room for at once.
         """
         config = self.config
-        wide = cute.ceil_div(tokens, 16) * 16
+        wide, used = cute.ceil_div(tokens, 16) * 16, ins.load1(smem + self.offset["totals"])
         task = ins.take(counters.toint(), lane)
         while task < used * _STRIPES:
             packed = ins.load1(smem + self.offset["table"] + task // _STRIPES * 8)
@@ -296,35 +307,38 @@ class StreamKernel:
             task = ins.take(counters.toint(), lane)
 
     @cute.jit
-    def load(
-        self, smem: Int32, barriers: cute.Pointer, first: Int32, last: Int32, w_data: cute.Pointer, w_scale: cute.Pointer,
-        hidden: Int32,
-    ):  # fmt: skip
-        """One lane: the weights of item after item."""
+    def load(self, smem: Int32, barriers: cute.Pointer, w_data: cute.Pointer, w_scale: cute.Pointer, hidden: Int32):
+        """One lane: the weights of item after item, of strip after strip."""
         config = self.config
         data_bytes, scale_bytes = config.blocks * BLOCK_DATA, config.blocks * BLOCK_SCALES
         blocks = Int64(cute.ceil_div(hidden, 128) * 4)
-        strip = Int64(cute.arch.block_idx()[0] * config.blocks)
-        data, scale = Int64(w_data.toint()) + strip * BLOCK_DATA, Int64(w_scale.toint()) + strip * BLOCK_SCALES
-        for item in cutlass.range(first, last, unroll=1):
-            stage, turn = (item - first) % config.stages, (item - first) // config.stages
-            expert = ins.load1(smem + self.offset["table"] + item // config.chunks * 8) & 0xFFFF
-            chunk = blocks * (expert * config.chunks + item % config.chunks)
-            if turn > 0:
-                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)
-            elif item - first >= _FIRST_STAGES:
-                # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
-                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - _FIRST_STAGES), 0)
-            full = self._barrier(barriers, "weights_full", (item - first) % config.stage_barriers)
-            cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
-            target = smem + self.offset["weights"] + stage * config.stage_bytes
-            once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
-            ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
-            ins.copy_bulk(target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once)
+        number = Int32(0)
+        first, end, strip = (self._mine(smem, field) for field in ("first", "end", "strip"))
+        for done in cutlass.range(self._mine(smem, "rounds"), unroll=1):
+            rows = Int64((strip + done * config.cluster) * config.blocks)
+            data, scale = Int64(w_data.toint()) + rows * BLOCK_DATA, Int64(w_scale.toint()) + rows * BLOCK_SCALES
+            for item in cutlass.range(first, end, unroll=1):
+                stage, ring = number % config.stages, number // config.stages
+                expert = ins.load1(smem + self.offset["table"] + item // config.chunks * 8) & 0xFFFF
+                chunk = blocks * (expert * config.chunks + item % config.chunks)
+                if ring > 0:
+                    cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (ring - 1) & 1)
+                elif number >= _FIRST_STAGES:
+                    # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
+                    cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - _FIRST_STAGES), 0)
+                full = self._barrier(barriers, "weights_full", number % config.stage_barriers)
+                cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
+                target = smem + self.offset["weights"] + stage * config.stage_bytes
+                once, barrier = Int64(ins.EVICT_FIRST), Int32(full.toint())
+                ins.copy_bulk(target, data + chunk * BLOCK_DATA, Int32(data_bytes), barrier, policy=once)
+                ins.copy_bulk(
+                    target + data_bytes, scale + chunk * BLOCK_SCALES, Int32(scale_bytes), barrier, policy=once
+                )
+                number += 1
 
     @cute.jit
-    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, first: Int32, last: Int32, lane: Int32):
-        """One warp: copy slot after slot of gathered activations, as many tokens as there are.
+    def fetch(self, smem: Int32, gathered: cute.Pointer, tokens: Int32, lane: Int32):
+        """One warp: copy slot after slot of gathered activations, as many tokens as there are, for each strip anew.
 
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
@@ -337,28 +351,30 @@ class StreamKernel:
         smem = ins.fixed(smem)
         requests = smem + self.offset["requests"]
         eights = cute.ceil_div(tokens, 16) * (16 // GROUP)
-        origin, end = self._first_slot(smem, first)[0], self._first_slot(smem, last)[0]
-        entry = first // config.chunks
-        for base in cutlass.range(origin, end, 32, unroll=1):
-            slot = base + lane
-            entry = self._entry(smem, entry, base, lane)
-            packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
-            count, eight, chunk = packed >> 16, slot - before * config.chunks, Int32(0)
-            if cutlass.const_expr(config.chunks > 1):
-                groups = cutlass.max(count + GROUP - 1 >> 3, 1)  # none behind the last expert
-                chunk = Int32(Uint32(eight) // Uint32(groups))
-                eight -= chunk * groups
-            number = ((packed & 0xFFFF) * eights + eight) * config.chunks + chunk
-            size = LIST_BYTES + cutlass.min(count - eight * GROUP, GROUP) * TOKEN_BYTES
-            place, turn = self._in_ring(slot - origin, config.slots)
-            if cutlass.const_expr(self.many_barriers):
-                place |= self._in_ring(slot - origin, config.slot_barriers)[0] << 16
-            ins.store4(requests + lane * 16, (number, size, place, turn))
-            cute.arch.sync_warp()
-            if lane == 0:
-                self._copy_slots(smem, requests, Int64(gathered.toint()), cutlass.min(end - base, 32))
-            cute.arch.sync_warp()
-            entry = cute.arch.shuffle_sync(entry, 31)
+        first = self._mine(smem, "first")
+        origin, end = self._first_slot(smem, first)[0], self._first_slot(smem, self._mine(smem, "end"))[0]
+        for done in cutlass.range(self._mine(smem, "rounds"), unroll=1):
+            offset, entry = done * (end - origin) - origin, first // config.chunks
+            for base in cutlass.range(origin, end, 32, unroll=1):
+                slot = base + lane
+                entry = self._entry(smem, entry, base, lane)
+                packed, before = ins.load2(smem + self.offset["table"] + entry * 8)
+                count, eight, chunk = packed >> 16, slot - before * config.chunks, Int32(0)
+                if cutlass.const_expr(config.chunks > 1):
+                    groups = cutlass.max(count + GROUP - 1 >> 3, 1)  # none behind the last expert
+                    chunk = Int32(Uint32(eight) // Uint32(groups))
+                    eight -= chunk * groups
+                number = ((packed & 0xFFFF) * eights + eight) * config.chunks + chunk
+                size = LIST_BYTES + cutlass.min(count - eight * GROUP, GROUP) * TOKEN_BYTES
+                place, turn = self._in_ring(slot + offset, config.slots)
+                if cutlass.const_expr(self.many_barriers):
+                    place |= self._in_ring(slot + offset, config.slot_barriers)[0] << 16
+                ins.store4(requests + lane * 16, (number, size, place, turn))
+                cute.arch.sync_warp()
+                if lane == 0:
+                    self._copy_slots(smem, requests, Int64(gathered.toint()), cutlass.min(end - base, 32))
+                cute.arch.sync_warp()
+                entry = cute.arch.shuffle_sync(entry, 31)
 
     @cute.jit
     def _copy_slots(self, smem: Int32, requests: Int32, gathered: Int64, number: Int32):
@@ -398,8 +414,14 @@ class StreamKernel:
         return entry + cute.arch.popc(starts & ((Int32(2) << lane) - 1))
 
     @cute.jit
-    def consume(self, smem: Int32, barriers: cute.Pointer, begin: Int32, end: Int32, warp: Int32, lane: Int32):
-        """Every `phases`-th item: 32 rows of its weights times all of its tokens, added to the sums in order."""
+    def consume(
+        self, smem: Int32, barriers: cute.Pointer, tokens: Int32, hidden: Int32, sums: cute.Pointer, flags: cute.Pointer,
+        warp: Int32, lane: Int32,
+    ):  # fmt: skip
+        """Every `phases`-th item: 32 rows of its weights times all of its tokens, added to the sums in order.
+
+        The sums of a part that is not the first are left to the CTA that has that.
+        """
         config = self.config
         widest = config.widths[-1]
         block, phase = warp % config.blocks, warp // config.blocks
@@ -409,42 +431,48 @@ class StreamKernel:
         scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
         # Items and slots count from the CTA's first. What an item needs besides its data is found while the one before it is
         # multiplied: on the way it took 1000 of 3300 cycles, and the kernel waited for its consumers (H200, 2026-11-26).
-        last = end - begin
-        origin = self._first_slot(smem, begin)[0]
-        slot, members = self._first_slot(smem, begin + cutlass.min(phase, last))
-        mark, turn = self._in_ring(slot - origin, config.slot_barriers)
-        loaded, loaded_turn, before_turn = phase, Int32(0), Int32(phase == 0)
-        for item in cutlass.range(phase, last, config.phases, unroll=1):
-            cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", loaded), loaded_turn)
-            stage = self._place(loaded, config.stages, config.stage_barriers)
-            source = weights + stage * config.stage_bytes
-            words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
-            scales = ins.load4(source + scale_offset)
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
-            here, here_turn, left = mark, turn, members
-            slot, members = self._first_slot(smem, begin + cutlass.min(item + config.phases, last))
-            mark, turn = self._in_ring(slot - origin, config.slot_barriers)
+        begin = self._mine(smem, "first")
+        last = self._mine(smem, "end") - begin
+        loaded, loaded_turn, before_turn, start = phase, Int32(0), Int32(phase == 0), phase
+        for done in cutlass.range(self._mine(smem, "rounds"), unroll=1):
+            origin, end = self._first_slot(smem, begin)[0], self._first_slot(smem, begin + last)[0]
+            offset = done * (end - origin) - origin
+            slot, members = self._first_slot(smem, begin + cutlass.min(start, last))
+            mark, turn = self._in_ring(slot + offset, config.slot_barriers)
+            for item in cutlass.range(start, last, config.phases, unroll=1):
+                cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", loaded), loaded_turn)
+                stage = self._place(loaded, config.stages, config.stage_barriers)
+                source = weights + stage * config.stage_bytes
+                words = [[ins.load4(source + (2 * q + half) * 512) for half in range(2)] for q in range(4)]
+                scales = ins.load4(source + scale_offset)
+                cute.arch.sync_warp()
+                if lane == 0:
+                    cute.arch.mbarrier_arrive(self._barrier(barriers, "weights_empty", stage))
+                here, here_turn, left = mark, turn, members
+                slot, members = self._first_slot(smem, begin + cutlass.min(item + config.phases, last))
+                mark, turn = self._in_ring(slot + offset, config.slot_barriers)
 
-            if cutlass.const_expr(config.ordered):
-                if item > 0:
-                    cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)
-            for first in cutlass.range(0, left, widest * GROUP, unroll=1):
-                for width, narrower in zip(config.widths, (0, *config.widths)):
-                    if (left > narrower * GROUP) & ((left <= width * GROUP) | (width == widest)):
-                        self._multiply(
-                            smem, barriers, width, words, scales, here, here_turn, left, (first == 0) & (item > 0), block,
-                            warp, lane,
-                        )  # fmt: skip
-                left -= widest * GROUP
-                here, here_turn = self._after(here, here_turn, widest)
-            if item + 1 < last:
-                cute.arch.barrier_arrive(barrier_id=_turn(after_me), number_of_threads=64)
-            loaded += config.phases
-            if loaded >= config.stage_barriers:
-                loaded, loaded_turn = loaded - config.stage_barriers, loaded_turn ^ 1
-            before_turn ^= 1
+                if cutlass.const_expr(config.ordered):
+                    if item > 0:
+                        cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)
+                for first in cutlass.range(0, left, widest * GROUP, unroll=1):
+                    for width, narrower in zip(config.widths, (0, *config.widths)):
+                        if (left > narrower * GROUP) & ((left <= width * GROUP) | (width == widest)):
+                            self._multiply(
+                                smem, barriers, width, words, scales, here, here_turn, left, (first == 0) & (item > 0), block,
+                                warp, lane,
+                            )  # fmt: skip
+                    left -= widest * GROUP
+                    here, here_turn = self._after(here, here_turn, widest)
+                if item + 1 < last:
+                    cute.arch.barrier_arrive(barrier_id=_turn(after_me), number_of_threads=64)
+                loaded += config.phases
+                if loaded >= config.stage_barriers:
+                    loaded, loaded_turn = loaded - config.stage_barriers, loaded_turn ^ 1
+                before_turn ^= 1
+            start += (last - start + config.phases - 1) // config.phases * config.phases - last
+            if self._mine(smem, "part") > 0:
+                self._leave(smem, sums, flags, tokens, hidden, done, warp, lane)
 
     def _first_slot(self, smem: Int32, item: Int32) -> tuple:
         """Of an item, or behind the last: the number of its first slot, its tokens."""
@@ -540,29 +568,35 @@ class StreamKernel:
                 ins.store4_if(wanted, at, tuple(x + weights[i][j] * y for x, y in added))
 
     @cute.jit
-    def _leave(self, smem, sums, flags, tokens, part, strip, warp, lane):
-        """The sums of a part that is not the first, to the CTA that has that."""
-        size, stride = tokens * self.row_bytes, self.config.threads * 16
-        target = self._part(sums, part - 1, strip, size)
+    def _leave(self, smem, sums, flags, tokens, hidden, done, warp, lane):
+        """All consumers: the sums of a part that is not the first, to the CTA that has that; here they become zero."""
+        threads = self.config.consumers * 32
+        size, stride = tokens * self.row_bytes, threads * 16
+        strip = self._mine(smem, "strip") + done * self.config.cluster
+        target, zero = self._part(sums, self._mine(smem, "part") - 1, strip, hidden, size), Float32(0.0)
+        cute.arch.barrier(barrier_id=_SUMS, number_of_threads=threads)
         for at in cutlass.range((warp * 32 + lane) * 16, size, stride, unroll=4):
-            ins.store_global4(target + at, ins.load4(smem + self.offset["sums"] + at, Float32))
-        cute.arch.sync_warp()
-        if lane == 0:
+            here = smem + self.offset["sums"] + at
+            ins.store_global4(target + at, ins.load4(here, Float32))
+            ins.store4(here, (zero, zero, zero, zero))
+        cute.arch.barrier(barrier_id=_SUMS, number_of_threads=threads)
+        # The last consumer waits for what all of them stored; the others go on.
+        if (warp == self.config.consumers - 1) & (lane == 0):
             ins.count_up((flags + strip).toint())
 
     @cute.jit
-    def _add(self, smem, sums, flags, tokens, parts, strip, warp, lane):
-        """The other parts' sums, in their order."""
+    def _add(self, smem, sums, flags, tokens, hidden, warp, lane):
+        """The sums that other CTAs left, in their order."""
         size, stride = tokens * self.row_bytes, self.config.threads * 16
-        zero = Float32(0.0)
+        strip, left, zero = self._mine(smem, "strip"), self._mine(smem, "left"), Float32(0.0)
         if warp == 0:
-            while ins.counted((flags + strip).toint()) < (parts - 1) * (self.config.threads // 32):
+            while ins.counted((flags + strip).toint()) < left:
                 pass
         cute.arch.sync_threads()
-        for other in cutlass.range(parts - 1, unroll=1):
-            source = self._part(sums, other, strip, size)
-            for first in cutlass.range((warp * 32 + lane) * 16, size, 4 * stride, unroll=1):
-                places = [(first + i * stride < size, first + i * stride) for i in range(4)]
+        for other in cutlass.range(left, unroll=1):
+            source = self._part(sums, other, strip, hidden, size)
+            for first in cutlass.range((warp * 32 + lane) * 16, size, 8 * stride, unroll=1):
+                places = [(first + i * stride < size, first + i * stride) for i in range(8)]
                 theirs = [ins.load_global4(source + at, wanted) for wanted, at in places]
                 for values, (wanted, at) in zip(theirs, places):
                     here = smem + self.offset["sums"] + at
@@ -570,21 +604,22 @@ class StreamKernel:
                     ins.store4_if(wanted, here, tuple(x + y for x, y in zip(mine, values)))
         cute.arch.sync_threads()
 
-    def _part(self, sums, index, strip, size) -> Int64:
+    def _part(self, sums, index, strip, hidden, size) -> Int64:
         """Address of a part's sums of a strip."""
-        return Int64(sums.toint()) + Int64(index * cute.arch.grid_dim()[0] + strip) * size
+        return Int64(sums.toint()) + Int64(index * self._strips(hidden) + strip) * size
 
     @cute.jit
     def _store(self, smem: Int32, out: cute.Pointer, tokens: Int32, hidden: Int32, warp: Int32, lane: Int32):
         """The sums, times 2^16, in the output's type: a warp writes one token's rows at a time."""
         config = self.config
+        first_row = self._mine(smem, "strip") * config.rows
         # Rows g, g + 8, g + 16 and g + 24 of a block lie side by side.
         piece = lane % 8 * 16
         word = ((lane // 16) * 2 + (lane // 8) % 2) * 4
         for token in cutlass.range(warp, tokens, config.threads // 32, unroll=4):
             at = smem + self.offset["sums"] + token * self.row_bytes + (piece ^ ((token & 6) * 16)) + word
             for block in cutlass.range_constexpr(config.blocks):
-                column = cute.arch.block_idx()[0] * config.rows + block * BLOCK_ROWS + lane
+                column = first_row + block * BLOCK_ROWS + lane
                 value = ins.load1(at + block * 128, Float32) * 65536.0
                 if column < hidden:
                     target = cute.make_tensor(out + (Int64(token) * hidden + column), cute.make_layout(1))

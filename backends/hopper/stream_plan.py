@@ -19,18 +19,62 @@ _WIDTHS = {1: 1, 2: 16, 3: 384, 4: 32}
 SMEM_BYTES = 227 * 1024
 # Tokens up to which consumers wait for slots in the order of the items.
 _ORDERED_TOKENS = 384
+# Multiprocessors left to the blocks of the dense kernel, which look at alpha and leave.
+_FREE = 4
+# Items that a CTA could do while a helper begins and ends a strip (H100, 2026-11-26).
+_STRIP_COST = 7
 # Parts of a strip at most: the first adds the sums of the others one after the other.
 _MOST_PARTS = 8
 
 
-def parts(hidden: int, config: StreamConfig, multiprocessors: int) -> int:
-    """CTAs that divide the items of a strip, as many as run at once."""
-    return max(1, min(multiprocessors // strips(hidden, config), _MOST_PARTS))
+@dataclass(frozen=True)
+class Division:
+    """How the CTAs of a launch divide the items of all strips.
+
+    Attributes:
+        strips: rounded up to whole clusters.
+        parts: CTAs that divide those items of a strip which no helper takes.
+        helpers: CTAs that take a share of the items of each of several strips, one strip after the other.
+        rounds: strips of a helper, at most.
+        cost: items that `parts` CTAs could do in the time in which a helper begins and ends its strips.
+    """
+
+    strips: int
+    parts: int
+    helpers: int = 0
+    rounds: int = 0
+    cost: int = 0
+
+    @property
+    def integers(self) -> tuple[int, int, int, int]:
+        """What the kernel takes."""
+        return self.parts, self.helpers, self.rounds, self.cost
+
+    @property
+    def left(self) -> int:
+        """Parts of a strip whose sums are left to the CTA that stores them."""
+        return self.parts - 1 + (self.helpers > 0)
 
 
-def strips(hidden: int, config: StreamConfig) -> int:
-    """Rounded up to whole clusters."""
-    return -(-hidden // (config.rows * config.cluster)) * config.cluster
+def division(hidden: int, config: StreamConfig, tokens: int, multiprocessors: int) -> Division:
+    """As many CTAs as run at once, where that pays."""
+    strips = -(-hidden // (config.rows * config.cluster))
+    parts = max(1, min(multiprocessors // (strips * config.cluster), _MOST_PARTS))
+    idle = multiprocessors - strips * config.cluster * parts
+    clusters = (idle - _FREE) // config.cluster
+    if clusters <= 0 or parts == _MOST_PARTS or not _helpers_pay(idle / multiprocessors, tokens):
+        return Division(strips * config.cluster, parts)
+    rounds = -(-strips // clusters)
+    return Division(
+        strips * config.cluster, parts, -(-strips // rounds) * config.cluster, rounds, parts * rounds * _STRIP_COST
+    )
+
+
+def _helpers_pay(idle: float, tokens: int) -> bool:
+    """Whether a share of idle multiprocessors is worth it: not where the others read memory as fast as it can be, nor in the
+    shortest calls. H100, 2026-11-26: a share of 0.39 (N = 5120) at M = 1, 4, 8, 64, 256, 512 takes 7, 0, -4, -10, -23, -24% of
+    the time more, 0.27 (N = 6144) 8, -1, 7, 4, -14, -17%, 0.15 (N = 7168) at M = 256, 384, 512 4, 0, -2%."""
+    return tokens > 4 and idle > (0.1 if tokens > 384 else 0.25 if tokens > 64 else 0.33)
 
 
 @dataclass(frozen=True)
@@ -114,6 +158,7 @@ class StreamConfig:
             "activations": self.slots * SLOT_BYTES,
             "sums": self.tokens * self.rows * 4,
             "totals": 16,
+            "share": 32,  # `share.FIELDS`
             "votes": VOTES_BYTES,
             "requests": 32 * 16,  # of slots (`StreamKernel._copy_slots`)
             "barriers": 8 * self.barriers["end"],

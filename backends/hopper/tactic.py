@@ -120,12 +120,9 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
 
 
 def default_tactic(problem: Fc2Problem) -> HopperTactic:
-    """What was best for top-8 of 128 or 256 experts (H100 and H200, 2026-11-26).
-
-    32 rows a CTA where few rows and few tokens leave items too small for 64; more items in work at once where few tokens
-    make an item short, fewer where their sums need the shared memory.
-    """
-    if problem.n <= 66 * 64 and problem.m <= 64:
+    """What was best for top-8 of 128 or 256 experts (H100, 2026-11-26): 32 rows a CTA where one or two tokens leave it little
+    to do, else 64, which copy activations half as often."""
+    if problem.n <= 66 * 64 and problem.m <= 2:
         return HopperTactic(rows=32, phases=8)
     return HopperTactic(phases=7, slots=14)
 
