@@ -33,7 +33,7 @@ TURN = "            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=
 MUTATIONS = {
     "additions out of turn": (TURN, "            pass\n"),
     "weights overwritten before they are read": (
-        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (turn - 1) & 1)',
+        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (ring - 1) & 1)',
         "pass",
     ),
     "weights not awaited": (

@@ -121,10 +121,10 @@ def specialization(problem: Fc2Problem, tactic: HopperTactic) -> tuple:
 
 def default_tactic(problem: Fc2Problem) -> HopperTactic:
     """What was best for top-8 of 128 or 256 experts (H100, 2026-11-26): 32 rows a CTA where one or two tokens leave it little
-    to do, else 64, which copy activations half as often."""
+    to do, else 64, which copy activations half as often; one item in work fewer where every call is streamed."""
     if problem.n <= 66 * 64 and problem.m <= 2:
         return HopperTactic(rows=32, phases=8)
-    return HopperTactic(phases=7, slots=14)
+    return HopperTactic(phases=6 if problem.m <= STREAM_TOKENS else 7, slots=14)
 
 
 def tactics(problem: Fc2Problem) -> list[HopperTactic]:
