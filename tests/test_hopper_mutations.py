@@ -71,8 +71,8 @@ MUTATIONS = {
     ),
     "one arrival too few for a free slot": ('"slot_empty": blocks', '"slot_empty": 1'),
     "list of experts not awaited": (
-        "self._list_experts(smem, counts, tokens, lane)\n            cute.arch.sync_threads()\n",
-        "self._list_experts(smem, counts, tokens, lane)\n",
+        "mine[i : i + 2])\n            cute.arch.sync_threads()\n",
+        "mine[i : i + 2])\n",
     ),
     "padding tokens added": ("targets.append((token >= 0, ", "targets.append((token >= -1, "),
     "fourth group of a pass never multiplied": ("left <= width * GROUP) |", "left < width * GROUP - 8) |"),
@@ -142,8 +142,8 @@ MANY_MUTATIONS = {
 # Of strips in several parts.
 PART_MUTATIONS = {
     "other parts not awaited": (
-        "            while ins.counted((flags + strip)",
-        "            while ins.counted((flags + strip).toint()) < 0 * ins.counted((flags + strip)",
+        "            while ins.counted((flags + strip).toint()) < left:\n                pass\n",
+        "            pass\n",
     ),
     "sums of one part too few": ("cutlass.range(left, unroll=1)", "cutlass.range(left - 1, unroll=1)"),
     "a part of another strip": ("index * self._strips(hidden) + strip", "index * self._strips(hidden)"),

@@ -100,8 +100,7 @@ def test_helpers_take_a_share_of_strips(config, m, n, helpers, cost, schedule) -
 @pytest.mark.parametrize(
     ("hidden", "rows", "cluster", "tokens", "parts", "helpers", "rounds"),
     [
-        (7168, 64, 1, 384, 1, 0, 0),
-        (7168, 64, 1, 385, 1, 16, 7),
+        (7168, 64, 1, 512, 1, 0, 0),
         (2048, 64, 1, 64, 4, 0, 0),
         (2048, 64, 2, 64, 4, 0, 0),
         (2880, 64, 2, 64, 2, 0, 0),

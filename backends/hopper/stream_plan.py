@@ -71,10 +71,10 @@ def division(hidden: int, config: StreamConfig, tokens: int, multiprocessors: in
 
 
 def _helpers_pay(idle: float, tokens: int) -> bool:
-    """Whether a share of idle multiprocessors is worth it: not where the others read memory as fast as it can be, nor in the
-    shortest calls. H100, 2026-11-26: a share of 0.39 (N = 5120) at M = 1, 4, 8, 64, 256, 512 takes 7, 0, -4, -10, -23, -24% of
-    the time more, 0.27 (N = 6144) 8, -1, 7, 4, -14, -17%, 0.15 (N = 7168) at M = 256, 384, 512 4, 0, -2%."""
-    return tokens > 4 and idle > (0.1 if tokens > 384 else 0.25 if tokens > 64 else 0.33)
+    """Whether a share of idle multiprocessors is worth the sums that helpers leave in memory. H100, 2026-11-26, calls in a
+    graph: a share of 0.39 (N = 5120) takes 9, 10, 21 and 21% off M = 16, 64, 256 and 512, 0.27 (N = 6144) -2, 2, 14 and 16%, 0.15
+    (N = 7168) -6 and -4% off 384 and 512. A call of up to four tokens is too short."""
+    return tokens > 4 and idle > (0.25 if tokens > 64 else 0.33)
 
 
 @dataclass(frozen=True)
