@@ -37,11 +37,11 @@ BOUNDS = {
 DEFAULT_BOUND = (0.03, 0.10, 0.25)
 # What the tables do not tell once these rows are held out: (M, N, K) and the regret that is known. Plain weights at
 # M = 128, between M that do not show its best tactic; on the H100 also M = 1 of Qwen3, less than any other M of that shape,
-# where a kernel of one launch is best and from M = 8 on one that streams, and M = 64 of DeepSeek-V3, whose tactics differ by
-# more than at 32 and 128 on either side.
+# where a kernel of one launch is best and from M = 8 on one that streams, and M = 384 of DeepSeek-V3, where slots are awaited
+# in order as at 256 and one neighbour, 512, knows another cost of few items in work.
 KNOWN = {
     "NVIDIA-H200": {(128, 2880, 92160): 0.20},
-    "NVIDIA-H100-80GB-HBM3": {(128, 2880, 92160): 0.20, (1, 4096, 98304): 0.16, (64, 7168, 65536): 0.08},
+    "NVIDIA-H100-80GB-HBM3": {(128, 2880, 92160): 0.20, (1, 4096, 98304): 0.16, (384, 7168, 65536): 0.09},
 }
 
 
