@@ -581,8 +581,12 @@ class StreamKernel:
             ins.store4(here, (zero, zero, zero, zero))
         cute.arch.barrier(barrier_id=_SUMS, number_of_threads=threads)
         # The last consumer waits for what all of them stored; the others go on.
-        if (warp == self.config.consumers - 1) & (lane == 0):
-            ins.count_up((flags + strip).toint())
+        if warp == self.config.consumers - 1:
+            if cutlass.const_expr(self.config.few):
+                # The listing kernel makes the counters zero, and a part without items has not waited for it yet.
+                cute.arch.griddepcontrol_wait()
+            if lane == 0:
+                ins.count_up((flags + strip).toint())
 
     @cute.jit
     def _add(self, smem, sums, flags, tokens, hidden, warp, lane):
