@@ -29,6 +29,7 @@ PASS_TOKENS = 512
 _CAPACITIES = (STREAM_TOKENS, 64, 128, 256, 384, 512)
 # More gained nothing (H200, 2026-11-23).
 _MAX_STAGES = 16
+# What M = 512 has room for with seven items in work; fewer were not tried.
 _MIN_STAGES = 3
 # Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
 _MAX_CONSUMERS = 14
