@@ -114,9 +114,21 @@ def test_helpers_take_a_share_of_strips(config, m, n, helpers, cost, schedule) -
 def test_as_many_ctas_as_run_at_once(hidden, rows, cluster, tokens, parts, helpers, rounds) -> None:
     division = stream_plan.division(hidden, replace(SMALL, rows=rows, cluster=cluster), tokens, 132)
     assert (division.parts, division.helpers, division.rounds) == (parts, helpers, rounds)
-    assert division.strips * rows >= hidden and division.strips % cluster == 0 and helpers % cluster == 0
-    assert helpers * rounds >= division.strips * bool(helpers)
-    assert helpers + division.strips * division.parts <= 132
+
+
+@pytest.mark.parametrize("multiprocessors", [16, 60, 78, 114, 132])
+@pytest.mark.parametrize(("rows", "cluster"), [(32, 1), (64, 1), (64, 2)])
+def test_every_strip_has_its_parts_and_a_helper_or_none_has(rows, cluster, multiprocessors) -> None:
+    config = replace(SMALL, rows=rows, cluster=cluster)
+    for hidden in range(8, 9000, 264):
+        for tokens in (1, 16, 65, 512):
+            found = stream_plan.division(hidden, config, tokens, multiprocessors)
+            assert found.strips * rows >= hidden > (found.strips - cluster) * rows and found.strips % cluster == 0
+            ctas = found.helpers + found.strips * found.parts
+            assert ctas <= multiprocessors or (found.parts, found.helpers) == (1, 0)
+            if found.helpers:
+                assert found.helpers % cluster == 0
+                assert found.helpers * found.rounds >= found.strips > (found.helpers - cluster) * found.rounds
 
 
 def test_one_expert_of_many_tokens() -> None:
