@@ -181,7 +181,7 @@ SHARE_MUTATIONS = {
     "items of two parts": ("(kept, part * kept // parts)", "(kept, (part * kept - 1) // parts)"),
     "items that no part has": ("(kept, part * kept // parts)", "(kept + 1, part * kept // parts)"),
     "one helper waited for too few": ("parts - 1 + Int32(helped > 0)", "parts - 1"),
-    "a helper of too many strips": ("cutlass.min(rounds, strips // cluster - first)", "rounds"),
+    "a helper of too many strips": ("cutlass.min(rounds, strips // cluster - before)", "rounds"),
 }
 
 
@@ -306,16 +306,10 @@ def streaming(schedule: str, seed: int, cluster: int = 1, parts: int = 1) -> Non
 
 def helped(schedule: str, seed: int) -> None:
     """A helper of three strips, whose number of items consumers do not divide, with slots awaited in order; two helpers, of two
-    strips and of one, beside two parts; a pair of helpers."""
-    for n, changes, helpers, parts in (
-        (160, {}, 1, 1),
-        (150, {"rows": 64}, 2, 1),
-        (150, {"rows": 64, "cluster": 2}, 2, 1),
-    ):
+    strips and of one; a pair of helpers. Of four blocks or clusters, which the emulator starts in any order, one must help."""
+    for n, changes, helpers in ((90, {}, 1), (150, {"rows": 64}, 2), (150, {"rows": 64, "cluster": 2}, 2)):
         config = replace(CONFIG, **{"rows": 32, "phases": 3, "stages": 3, "experts": 20, "chunks": 2, **changes})
-        emulation.run(
-            config, 60, n, alpha()[:, :20], schedule=schedule, emulator_seed=seed, helpers=helpers, parts=parts
-        )
+        emulation.run(config, 60, n, alpha()[:, :20], schedule=schedule, emulator_seed=seed, helpers=helpers)
 
 
 def many(schedule: str, seed: int) -> None:

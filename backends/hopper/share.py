@@ -31,11 +31,11 @@ def share(
     # have room for those.
     row, group = (block - helpers) // strips, block // cluster
     part = parts - 1 - row
-    first = group * rounds
+    before = group * rounds
     choices = (
         (parts, part),
-        (first * cluster + block % cluster, block - helpers - row * strips),
-        (cutlass.min(rounds, strips // cluster - first) * Int32(helped > 0), Int32(1)),
+        (before * cluster + block % cluster, block - helpers - row * strips),
+        (cutlass.min(rounds, strips // cluster - before) * Int32(helped > 0), Int32(1)),
         (kept, part * kept // parts),
         (items, (part + 1) * kept // parts),
     )

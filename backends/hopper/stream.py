@@ -7,7 +7,7 @@ float32 sums of all tokens in shared memory. Where there are fewer strips than m
 the items of each, helpers the same part of several strips (`share.py`), and the CTA with the first part adds the sums of the
 others. Three roles:
 
-- the last warp copies prepared weights into a ring of stages, some 100 KB ahead;
+- the last warp copies prepared weights into a ring of stages, up to some 100 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
   slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
