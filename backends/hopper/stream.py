@@ -7,7 +7,7 @@ float32 sums of all tokens in shared memory. Where there are fewer strips than m
 the items of each, helpers the same part of several strips (`share.py`), and the CTA with the first part adds the sums of the
 others. Three roles:
 
-- the last warp copies prepared weights into a ring of stages, up to some 100 KB ahead;
+- the last warp copies prepared weights into a ring of stages, at most 54 KB ahead;
 - the one before it copies gathered activations, in the order of the tensor core's right operand, up to eight tokens to a
   slot of a second ring; in a cluster of two CTAs each fetches every second slot from the L2, for both;
 - a consumer takes 32 rows of an item into registers, decodes them as the left operand and multiplies them with every
@@ -39,8 +39,6 @@ from backends.hopper.stream_plan import (
 
 # The hardware barrier at which all consumers meet, behind those of `_turn`.
 _SUMS = 15
-# Stages of weights that are asked for before the first are there.
-_FIRST_STAGES = 8
 # Tasks of gathering a late expert.
 _STRIPES = 16
 _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
@@ -323,9 +321,6 @@ class StreamKernel:
                 chunk = blocks * (expert * config.chunks + item % config.chunks)
                 if ring > 0:
                     cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (ring - 1) & 1)
-                elif number >= _FIRST_STAGES:
-                    # Copies are served in the order in which they are asked for: slots would have to wait for all stages.
-                    cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", stage - _FIRST_STAGES), 0)
                 full = self._barrier(barriers, "weights_full", number % config.stage_barriers)
                 cute.arch.mbarrier_arrive_and_expect_tx(full, config.stage_bytes)
                 target = smem + self.offset["weights"] + stage * config.stage_bytes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from backends.hopper.dense_plan import STREAM_TOKENS, DenseKernelTile, kernel_tile
-from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
+from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
 from backends.tactic import Tactic
@@ -25,11 +25,14 @@ KernelConfig = ListConfig | StreamConfig | DenseKernelTile
 CAPABILITY = (9, 0)
 #: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
 PASS_TOKENS = 512
-# Numbers of tokens that streaming kernels are compiled for: fewer tokens leave more room for weights in flight.
-_CAPACITIES = (STREAM_TOKENS, 64, 128, 256, 384, 512)
-# More gained nothing (H200, 2026-11-23).
-_MAX_STAGES = 16
-# What M = 512 has room for with seven items in work; fewer were not tried.
+# Numbers of tokens that streaming kernels are compiled for, each with its own passes and order (`StreamConfig`); of them only
+# the sums of 512 leave less room than `_MOST_WEIGHTS`.
+_CAPACITIES = (STREAM_TOKENS, 256, 384, 512)
+# Most weights in shared memory: six stages of 64 rows. All that is free is on its way, and too much of it makes memory slower:
+# with 16 stages M = 8, 16, 32, 64 and 128 took 30, 46, 69, 91 and 96 us instead of 26, 42, 65, 84 and 94, with 4 up to 2% more
+# (H100, 2026-11-26).
+_MOST_WEIGHTS = 6 * 2 * (BLOCK_DATA + BLOCK_SCALES)
+# What M = 512 has room for with seven items in work; with two, M = 448 took 13% more than with three (H100, 2026-11-26).
 _MIN_STAGES = 3
 # Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
 _MAX_CONSUMERS = 14
@@ -44,7 +47,7 @@ class HopperTactic(Tactic):
     Attributes:
         rows: of B per CTA, 32 or 64.
         phases: items (an expert's 256 values of K) in work at once, each by one warp per 32 rows.
-        slots: groups of 8 tokens of activations in shared memory. Weights take what is left, up to 16 stages.
+        slots: groups of 8 tokens of activations in shared memory. Weights take what is left, up to 54 KB.
         cluster: CTAs with neighbouring rows that share every copy of activations, 1 or 2.
     """
 
@@ -92,14 +95,16 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
 def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> StreamConfig | None:
     """The streaming kernel for a pass of that many tokens; None where shared memory is too small."""
     capacity = next(c for c in _CAPACITIES if c >= tokens)
-    for stages in range(_MAX_STAGES, _MIN_STAGES - 1, -1):
-        config = StreamConfig(
-            tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
-            problem.intermediate // CHUNK, dtype_name(problem.out_dtype), problem.a_layout == "128x4", tactic.cluster,
-        )  # fmt: skip
-        if config.offsets()["end"] <= SMEM_BYTES:
-            return config
-    return None
+    stages = _MOST_WEIGHTS // (tactic.rows // BLOCK_ROWS * (BLOCK_DATA + BLOCK_SCALES))
+    config = StreamConfig(
+        tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
+        problem.intermediate // CHUNK, dtype_name(problem.out_dtype), problem.a_layout == "128x4", tactic.cluster,
+    )  # fmt: skip
+    while config.offsets()["end"] > SMEM_BYTES:
+        if config.stages == _MIN_STAGES:
+            return None
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def passes(problem: Fc2Problem) -> list[int]:
