@@ -338,9 +338,8 @@ class StreamKernel:
         The CTAs of a cluster take turns at copying, each into all of them. A slot is free when the consumers of all
         have released it. Each CTA expects its bytes for itself; a peer's copy may land before that.
 
-        The kernel waits for this warp, so a slot must cost it little: every lane finds one of 32, then one lane copies them.
-        With one lane that did both, M = 8, 64, 128 and 256 took 30, 93, 103 and 104 us instead of 28, 90, 96 and 98 (H100,
-        2026-11-26).
+        Where slots are many the kernel waits for this warp, so that one must cost it little: every lane finds one of 32, then
+        one lane copies them.
         """
         config = self.config
         smem = ins.fixed(smem)
