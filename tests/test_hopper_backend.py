@@ -54,6 +54,8 @@ def test_every_tactic_fits(m, n, k, experts):
             config = stream_config(problem, tactic, tokens)
             assert config.tokens >= tokens and config.offsets()["end"] <= SMEM_BYTES
             assert config.phases <= config.stage_barriers and config.threads <= 1024
+            one_more = replace(config, stages=config.stages + 1)
+            assert config.stages * config.stage_bytes == 54 * 1024 or one_more.offsets()["end"] > SMEM_BYTES
 
 
 @pytest.mark.parametrize("n", [2048, 7168])
