@@ -42,11 +42,7 @@ def quarter(m: int, experts: int, generator: torch.Generator) -> torch.Tensor:
         (replace(SMALL, phases=4, stages=5, slots=6, experts=6, out_dtype="float16"), 33, 192),
         (replace(SMALL, rows=32, phases=3, stages=4, experts=9, chunks=2), 40, 70),
         (replace(SMALL, tokens=384, experts=4, stages=2, slots=4), 96, 64),  # about 24 tokens an expert
-        (
-            replace(SMALL, phases=5, stages=2, slots=5, experts=12),
-            40,
-            70,
-        ),  # three turns of stages for the items in work
+        (replace(SMALL, phases=5, stages=2, slots=5, experts=12), 40, 70),  # three rings of stages in work
         (replace(SMALL, rows=32, phases=8, stages=8, slots=5, tokens=128, experts=3), 129 - 1, 40),
         (replace(SMALL, rows=32, phases=3, stages=3, slots=5, tokens=512, experts=7), 130, 40),  # items in no order
         (replace(SMALL, rows=32, phases=3, stages=2, slots=4, tokens=512, experts=9, chunks=2, cluster=2), 70, 70),
