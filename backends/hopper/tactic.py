@@ -29,8 +29,8 @@ PASS_TOKENS = 512
 # the sums of 512 leave less room than `_MOST_WEIGHTS`.
 _CAPACITIES = (STREAM_TOKENS, 256, 384, 512)
 # Most weights in shared memory: six stages of 64 rows. All that is free is on its way, and too much of it makes memory slower:
-# with 16 stages M = 8, 16, 32, 64 and 128 took 30, 46, 69, 91 and 96 us instead of 26, 42, 65, 84 and 94, with 4 up to 2% more
-# (H100, 2026-11-26).
+# with 14 to 16 stages M = 8, 16, 32, 64 and 128 took 30, 46, 69, 91 and 96 us instead of 26, 42, 65, 84 and 94, with 4 up to 2%
+# more (H100, 2026-11-26).
 _MOST_WEIGHTS = 6 * 2 * (BLOCK_DATA + BLOCK_SCALES)
 # What M = 512 has room for with seven items in work; with two, M = 448 took 13% more than with three (H100, 2026-11-26).
 _MIN_STAGES = 3
