@@ -43,7 +43,7 @@ def test_other_devices_are_refused_with_the_reason():
         assert "SM 9.0" in backend.is_supported(device).reason
 
 
-@pytest.mark.parametrize("m", [1, 64, 65, 256, 257, 512, 513, 1024])
+@pytest.mark.parametrize("m", [1, 16, 17, 256, 257, 384, 385, 512, 513, 1024])
 @pytest.mark.parametrize("n, k, experts", [(7168, 65536, 256), (4096, 14336, 8), (2880, 96 * 768, 96)])
 def test_every_tactic_fits(m, n, k, experts):
     problem = replace(TARGET, m=m, n=n, k=k, experts=experts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from backends.hopper.dense_plan import STREAM_TOKENS, DenseKernelTile, kernel_tile
-from backends.hopper.stream_plan import BLOCK_DATA, BLOCK_ROWS, BLOCK_SCALES, SMEM_BYTES, StreamConfig
+from backends.hopper.stream_plan import BLOCK_ROWS, SMEM_BYTES, StreamConfig
 from backends.interface import SUPPORTED, Support
 from backends.problem import OUT_DTYPES, Fc2Problem, dtype_name
 from backends.tactic import Tactic
@@ -26,12 +26,12 @@ CAPABILITY = (9, 0)
 #: Tokens per pass: what the sums of a strip of 64 rows may fill of shared memory.
 PASS_TOKENS = 512
 # Numbers of tokens that streaming kernels are compiled for, each with its own passes and order (`StreamConfig`); of them only
-# the sums of 512 leave less room than `_MOST_WEIGHTS`.
+# the sums of 512 leave less room than `_MOST_BLOCKS` take.
 _CAPACITIES = (STREAM_TOKENS, 256, 384, 512)
-# Most weights in shared memory: six stages of 64 rows. All that is free is on its way, and too much of it makes memory slower:
-# with 14 to 16 stages M = 8, 16, 32, 64 and 128 took 30, 46, 69, 91 and 96 us instead of 26, 42, 65, 84 and 94, with 4 up to 2%
-# more (H100, 2026-11-26).
-_MOST_WEIGHTS = 6 * 2 * (BLOCK_DATA + BLOCK_SCALES)
+# Most weights in shared memory, in blocks of 32 rows of an item: 54 KB, six stages of 64 rows. What is free in the ring has been
+# asked for, and too much of it makes memory slower: with 14 to 16 stages M = 8, 16, 32, 64 and 128 took 30, 46, 69, 91 and 96 us
+# instead of 26, 42, 65, 84 and 94, with 4 up to 2% more (H100, 2026-11-26).
+_MOST_BLOCKS = 12
 # What M = 512 has room for with seven items in work; with two, M = 448 took 13% more than with three (H100, 2026-11-26).
 _MIN_STAGES = 3
 # Warps that multiply; with the two that copy, four per scheduler, which leaves each thread 128 registers.
@@ -95,9 +95,8 @@ def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
 def stream_config(problem: Fc2Problem, tactic: HopperTactic, tokens: int) -> StreamConfig | None:
     """The streaming kernel for a pass of that many tokens; None where shared memory is too small."""
     capacity = next(c for c in _CAPACITIES if c >= tokens)
-    stages = _MOST_WEIGHTS // (tactic.rows // BLOCK_ROWS * (BLOCK_DATA + BLOCK_SCALES))
     config = StreamConfig(
-        tactic.rows, tactic.phases, stages, tactic.slots, capacity, problem.experts,
+        tactic.rows, tactic.phases, _MOST_BLOCKS * BLOCK_ROWS // tactic.rows, tactic.slots, capacity, problem.experts,
         problem.intermediate // CHUNK, dtype_name(problem.out_dtype), problem.a_layout == "128x4", tactic.cluster,
     )  # fmt: skip
     while config.offsets()["end"] > SMEM_BYTES:
