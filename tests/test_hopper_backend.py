@@ -69,6 +69,7 @@ def test_names_of_tactics():
     """A cluster of one is not part of the name by which tables know the tactic."""
     assert str(HopperTactic(64, 5, 12)) == "hopper(rows=64,phases=5,slots=12)"
     assert str(HopperTactic(64, 5, 12, 2)) == "hopper(rows=64,phases=5,slots=12,cluster=2)"
+    assert str(HopperTactic(64, 5, 12, 1, True)) == "hopper(rows=64,phases=5,slots=12,cluster=1,helpers=True)"
 
 
 def test_passes_make_up_the_call():
@@ -110,6 +111,6 @@ def test_launches_of_a_call(m, monkeypatch):
     for first in range(0, m, PASS_TOKENS):
         rows = slice(first, first + PASS_TOKENS)
         config = stream_config(problem, HopperTactic(), min(PASS_TOKENS, m - first))
-        launch.run(problem, config, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
+        launch.run(problem, config, False, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
     one = ["ListKernel", "StreamKernel", *["DenseKernel"] * (m > STREAM_TOKENS)]
     assert order == one * -(-m // PASS_TOKENS)

@@ -33,8 +33,12 @@ TURN = "            cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=
 MUTATIONS = {
     "additions out of turn": (TURN, "            pass\n"),
     "weights overwritten before they are read": (
-        'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_empty", stage), (ring - 1) & 1)',
-        "pass",
+        "                    ins.wait(empty + place * 8, turn)\n",
+        "                    pass\n",
+    ),
+    "a stage taken for free by the turn before": (
+        "free = ins.completed(empty + place * 8, turn)\n",
+        "free = ins.completed(empty + place * 8, turn ^ 1)\n",
     ),
     "weights not awaited": (
         'cute.arch.mbarrier_wait(self._barrier(barriers, "weights_full", loaded), loaded_turn)',
@@ -133,7 +137,7 @@ MANY_MUTATIONS = {
         "turn = self._in_ring(slot + offset, config.slot_barriers)[1]\n                place |= self._in_ring(",
     ),
     "places behind the ring": ("if barriers > ring else mark", "if barriers < ring else mark"),
-    "weights told of at the barrier of their place": ("number % config.stage_barriers)", "stage)"),
+    "weights told of at the barrier of their place": ("stage_bytes, full + mark * 8", "stage_bytes, full + place * 8"),
     "one barrier not initialized": (
         "cutlass.range(begin + thread, end, step",
         "cutlass.range(begin + thread, end - 1, step",

@@ -117,13 +117,31 @@ def test_as_many_ctas_as_run_at_once(hidden, rows, cluster, tokens, parts, helpe
     assert (division.parts, division.helpers, division.rounds) == (parts, helpers, rounds)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "rows", "cluster", "tokens", "parts", "helpers", "rounds"),
+    [
+        (7168, 64, 1, 1, 1, 16, 7),
+        (7168, 64, 2, 512, 1, 16, 7),
+        (2880, 64, 1, 64, 2, 23, 2),
+        (4096, 64, 1, 512, 2, 0, 0),  # four are left to the dense kernel
+        (8448, 64, 1, 512, 1, 0, 0),
+        (64, 32, 1, 512, 8, 0, 0),
+    ],
+)
+def test_helpers_that_a_tactic_asks_for(hidden, rows, cluster, tokens, parts, helpers, rounds) -> None:
+    config = replace(SMALL, rows=rows, cluster=cluster)
+    division = stream_plan.division(hidden, config, tokens, 132, helpers=True)
+    assert (division.parts, division.helpers, division.rounds) == (parts, helpers, rounds)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("multiprocessors", [16, 60, 78, 114, 132])
 @pytest.mark.parametrize(("rows", "cluster"), [(32, 1), (64, 1), (64, 2)])
-def test_every_strip_has_its_parts_and_a_helper_or_none_has(rows, cluster, multiprocessors) -> None:
+def test_every_strip_has_its_parts_and_a_helper_or_none_has(rows, cluster, multiprocessors, wanted) -> None:
     config = replace(SMALL, rows=rows, cluster=cluster)
     for hidden in range(8, 9000, 264):
         for tokens in (1, 16, 65, 512):
-            found = stream_plan.division(hidden, config, tokens, multiprocessors)
+            found = stream_plan.division(hidden, config, tokens, multiprocessors, wanted)
             assert found.strips * rows >= hidden > (found.strips - cluster) * rows and found.strips % cluster == 0
             ctas = found.helpers + found.strips * found.parts
             assert ctas <= multiprocessors or (found.parts, found.helpers) == (1, 0)

@@ -18,6 +18,7 @@ from backends.problem import Fc2Problem
 def run(
     problem: Fc2Problem,
     config: StreamConfig,
+    helpers: bool,
     launcher: Callable,
     a_data: torch.Tensor,
     a_scale: torch.Tensor,
@@ -35,6 +36,7 @@ def run(
 
     Args:
         problem: of the whole call; a_data, a_scale, alpha and out are the pass's rows.
+        config, helpers: of the tactic.
         launcher: the compiled kernel of a configuration.
     """
     tokens, experts = out.shape[0], problem.experts
@@ -52,7 +54,7 @@ def run(
     acts = torch.empty((acts_bytes + tiling.ahead_bytes) // 4, dtype=torch.int32, device=device)
     first_acts = acts.data_ptr() + acts_bytes
     # Part sums, the same.
-    division = stream_plan.division(problem.n, config, tokens, multiprocessors)
+    division = stream_plan.division(problem.n, config, tokens, multiprocessors, helpers)
     floats = max(division.left * division.strips * tokens * config.rows, tiling.parts_floats)
     sums = torch.empty(floats, dtype=torch.float32, device=device)
     before = GATHER_COUNTERS + division.strips

@@ -57,13 +57,13 @@ class Division:
         return self.parts - 1 + (self.helpers > 0)
 
 
-def division(hidden: int, config: StreamConfig, tokens: int, multiprocessors: int) -> Division:
-    """As many CTAs as run at once, where that pays."""
+def division(hidden: int, config: StreamConfig, tokens: int, multiprocessors: int, helpers: bool = False) -> Division:
+    """As many CTAs as run at once, where that pays; `helpers`: of a tactic."""
     strips = -(-hidden // (config.rows * config.cluster))
     parts = max(1, min(multiprocessors // (strips * config.cluster), _MOST_PARTS))
     idle = multiprocessors - strips * config.cluster * parts
     clusters = (idle - _FREE) // config.cluster
-    if clusters <= 0 or parts == _MOST_PARTS or not _helpers_pay(idle / multiprocessors, tokens):
+    if clusters <= 0 or parts == _MOST_PARTS or not (helpers or _helpers_pay(idle / multiprocessors, tokens)):
         return Division(strips * config.cluster, parts)
     rounds = -(-strips // clusters)
     return Division(
@@ -72,9 +72,10 @@ def division(hidden: int, config: StreamConfig, tokens: int, multiprocessors: in
 
 
 def _helpers_pay(idle: float, tokens: int) -> bool:
-    """Whether a share of idle multiprocessors is worth the sums that helpers leave in memory. H100, 2026-11-26, calls in a
-    graph: a share of 0.39 (N = 5120) takes 9, 10, 21 and 21% off M = 16, 64, 256 and 512, 0.27 (N = 6144) -2, 2, 14 and 16%, 0.15
-    (N = 7168) -6 and -4% off 384 and 512. A call of up to four tokens is too short."""
+    """Whether a share of idle multiprocessors is worth the sums that helpers leave in memory, on any GPU. H100, 2026-11-26, calls
+    in a graph: a share of 0.39 (N = 5120) takes 9, 10, 21 and 21% off M = 16, 64, 256 and 512, 0.27 (N = 6144) -2, 2, 14 and 16%,
+    0.15 (N = 7168) 1, -2, -6 and -4% off 64, 256, 384 and 512. An H200's memory is faster, so that the multiprocessors are what it
+    waits for, and 0.15 takes 3 to 6% off: that is a tactic's to say. A call of up to four tokens is too short."""
     return tokens > 4 and idle > (0.25 if tokens > 64 else 0.33)
 
 

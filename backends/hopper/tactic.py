@@ -49,6 +49,8 @@ class HopperTactic(Tactic):
         phases: items (an expert's 256 values of K) in work at once, each by one warp per 32 rows.
         slots: groups of 8 tokens of activations in shared memory. Weights take what is left, up to 54 KB.
         cluster: CTAs with neighbouring rows that share every copy of activations, 1 or 2.
+        helpers: multiprocessors that no strip of rows needs take a share of every strip's items even where they are few
+            (`stream_plan.division`).
     """
 
     backend = "hopper"
@@ -56,10 +58,11 @@ class HopperTactic(Tactic):
     phases: int = 4
     slots: int = 12
     cluster: int = 1
+    helpers: bool = False
 
     def __str__(self) -> str:
-        """Without a cluster of one: the models of tables made before it know tactics by this text."""
-        return super().__str__().replace(",cluster=1)", ")")
+        """Without a cluster of one and helpers that are not: the models of tables made before them know tactics by this text."""
+        return super().__str__().replace(",helpers=False)", ")").replace(",cluster=1)", ")")
 
 
 def can_implement(problem: Fc2Problem, tactic: HopperTactic) -> Support:
@@ -144,5 +147,8 @@ def tactics(problem: Fc2Problem) -> list[HopperTactic]:
         HopperTactic(64, 7, 16),
         HopperTactic(64, 7, 14, 2),
         HopperTactic(32, 8, 12),
+        HopperTactic(64, 6, 14, helpers=True),
+        HopperTactic(64, 7, 14, helpers=True),
+        HopperTactic(64, 7, 16, helpers=True),
     ]
     return [t for t in dict.fromkeys(grid) if can_implement(problem, t)]
