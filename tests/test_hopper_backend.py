@@ -79,9 +79,11 @@ def test_passes_make_up_the_call():
 # ---- the launches
 
 
+@pytest.mark.parametrize("helpers", [False, True])
 @pytest.mark.parametrize("m", [16, 40, 700])
-def test_launches_of_a_call(m, monkeypatch):
-    """The order of the kernels of each pass, and as many values for each DSL kernel as it was compiled for."""
+def test_launches_of_a_call(m, helpers, monkeypatch):
+    """The order of the kernels of each pass, as many values for each DSL kernel as it was compiled for, and helpers where the
+    tactic says so: N = 7168 leaves 20 of 132 multiprocessors idle, four of them to the dense kernel."""
     pytest.importorskip("cutlass")
     from types import SimpleNamespace
 
@@ -89,7 +91,6 @@ def test_launches_of_a_call(m, monkeypatch):
     from backends.triton import layout
 
     order = []
-
     gpu = DeviceInfo("cuda", "H100", (9, 0), 132)
     monkeypatch.setattr(launch.DeviceInfo, "of", staticmethod(lambda device: gpu))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
@@ -100,17 +101,27 @@ def test_launches_of_a_call(m, monkeypatch):
         def launched(*values):
             assert len(values) == len(kernel.pointers) + kernel.INTEGERS + 1 and all(type(v) is int for v in values)
             order.append(type(kernel).__name__)
+            if order[-1] == "StreamKernel":
+                assert values[len(kernel.pointers) :][3] == 16 * helpers
 
         return launched
 
-    problem = replace(TARGET, m=m, n=200, k=1280, experts=5)
+    problem = replace(TARGET, m=m, k=1280, experts=5)
     a, _ = make_operands(m, 8, problem.k, seed=0)
     out = torch.empty(m, problem.n, dtype=torch.bfloat16)
     prepared = layout.zeros(problem.n, problem.k, torch.device("cpu"))
     alpha = torch.ones(m, problem.experts)
     for first in range(0, m, PASS_TOKENS):
         rows = slice(first, first + PASS_TOKENS)
-        config = stream_config(problem, HopperTactic(), min(PASS_TOKENS, m - first))
-        launch.run(problem, config, False, launcher, a.data[rows], a.scale[rows], prepared, alpha[rows], out[rows])
+        launch.run(
+            problem,
+            HopperTactic(helpers=helpers),
+            launcher,
+            a.data[rows],
+            a.scale[rows],
+            prepared,
+            alpha[rows],
+            out[rows],
+        )
     one = ["ListKernel", "StreamKernel", *["DenseKernel"] * (m > STREAM_TOKENS)]
     assert order == one * -(-m // PASS_TOKENS)

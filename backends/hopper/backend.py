@@ -75,18 +75,7 @@ class HopperBackend(layout.ReadsFragments):
             for first in range(0, problem.m, PASS_TOKENS):
                 # A multiple of 128, where the swizzled scale factors can be split.
                 rows = slice(first, first + PASS_TOKENS)
-                config = rules.stream_config(problem, tactic, min(PASS_TOKENS, problem.m - first))
-                launch.run(
-                    problem,
-                    config,
-                    tactic.helpers,
-                    self._launcher,
-                    a.data[rows],
-                    a.scale[rows],
-                    b,
-                    alpha[rows],
-                    out[rows],
-                )
+                launch.run(problem, tactic, self._launcher, a.data[rows], a.scale[rows], b, alpha[rows], out[rows])
             self._compiled.add(_kernel_key(problem, tactic))
 
     def _launcher(self, config: KernelConfig):

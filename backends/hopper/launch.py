@@ -9,16 +9,15 @@ import torch
 from backends.device import DeviceInfo
 from backends.hopper import stream_plan
 from backends.hopper.dense_plan import CHUNK, CLUSTER, STREAM_TOKENS, dense_tiling
-from backends.hopper.stream_plan import GATHER_COUNTERS, GROUP, SLOT_BYTES, StreamConfig
-from backends.hopper.tactic import ListConfig
+from backends.hopper.stream_plan import GATHER_COUNTERS, GROUP, SLOT_BYTES
+from backends.hopper.tactic import HopperTactic, ListConfig, stream_config
 from backends.operand import PreparedOperand, round_up
 from backends.problem import Fc2Problem
 
 
 def run(
     problem: Fc2Problem,
-    config: StreamConfig,
-    helpers: bool,
+    tactic: HopperTactic,
     launcher: Callable,
     a_data: torch.Tensor,
     a_scale: torch.Tensor,
@@ -36,10 +35,10 @@ def run(
 
     Args:
         problem: of the whole call; a_data, a_scale, alpha and out are the pass's rows.
-        config, helpers: of the tactic.
         launcher: the compiled kernel of a configuration.
     """
     tokens, experts = out.shape[0], problem.experts
+    config = stream_config(problem, tactic, tokens)
     device = out.device
     wide = round_up(tokens, 16)
     multiprocessors = DeviceInfo.of(device).sm_count
@@ -54,7 +53,7 @@ def run(
     acts = torch.empty((acts_bytes + tiling.ahead_bytes) // 4, dtype=torch.int32, device=device)
     first_acts = acts.data_ptr() + acts_bytes
     # Part sums, the same.
-    division = stream_plan.division(problem.n, config, tokens, multiprocessors, helpers)
+    division = stream_plan.division(problem.n, config, tokens, multiprocessors, tactic.helpers)
     floats = max(division.left * division.strips * tokens * config.rows, tiling.parts_floats)
     sums = torch.empty(floats, dtype=torch.float32, device=device)
     before = GATHER_COUNTERS + division.strips
