@@ -87,7 +87,7 @@ def slots(a, alpha: torch.Tensor) -> torch.Tensor:
             slot[:, i % 8] = token
             slot[:, 8 + i % 8] = alpha[token, e].view(torch.int32)
             for piece in range(8):
-                first = 16 + i % 8 * 128 + (piece ^ i % 8) * 16
+                first = 16 + i % 8 * 128 + (piece ^ i % 2) * 16
                 slot[:, first : first + 16] = pieces[token, e, :, piece]
     return out
 

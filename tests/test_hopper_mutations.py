@@ -78,8 +78,14 @@ MUTATIONS = {
         "mine[i : i + 2])\n            cute.arch.sync_threads()\n",
         "mine[i : i + 2])\n",
     ),
-    "padding tokens added": ("targets.append((token >= 0, ", "targets.append((token >= -1, "),
-    "fourth group of a pass never multiplied": ("left <= width * GROUP) |", "left < width * GROUP - 8) |"),
+    "padding tokens added": ("None if i < full else token >= 0", "None if i <= full else token >= 0"),
+    "a slot of eight tokens too many supposed": ("(0, *config.widths)[level]", "(1, *config.widths)[level]"),
+    "a wide pass's slots multiplied again": (
+        "            mark, turn = self._after(mark, turn, width)\n",
+        "            mark, turn = self._after(mark, turn, 0)\n",
+    ),
+    "the turn awaited by each pass": ("                    waits = Int32(0)\n", "                    waits = waits\n"),
+    "pieces of odd tokens taken for each other": ("odd = g % 2 * 64", "odd = 0"),
     "columns past the last stored": ("if column < hidden:", "if column >= 0:"),
     "next item's slots a turn of the ring too late": (
         "return slot - turn * ring, turn & 1",

@@ -3,7 +3,8 @@ expert, 256 values of K.
 
 A slot is the tokens' numbers, -1 for none, their alpha, then [token 8, piece 8, lane t 4, pair 4] float16 pairs, 2^-8 of the
 values in the order of the tensor core's right operand; a token that is none is not written. Piece p of a token is at place
-p ^ token, which keeps the tokens of a piece in different banks of shared memory.
+p ^ (token % 2): neighbouring tokens' pieces lie in different banks of shared memory, and a lane has two places to load from,
+every second piece 128 bytes behind the last.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def gather_slot(a_data, a_scale, token, weight, slot, chunk, chunks, a_swizzled:
         scales = Int64((a_scale + scale_offset(m, quarter, chunks, a_swizzled)).toint())
         loaded.append((m >= 0, ins.load_global1_if(m >= 0, words), ins.load_global1_if(m >= 0, scales)))
     ins.store_global1_if(lane < 2 * GROUP, slot + lane * 4, ins.select(Int32(lane < GROUP), token, weight))
+    piece = lane // 8 * 2 + half
     for i, (present, word, scales) in enumerate(loaded):
         factor = ins.expand_e4m3(scales >> (8 * t))
         even, odd = ins.decode_pairs(word, factor), ins.decode_pairs(word >> 4, factor)
-        target = slot + (LIST_BYTES + i * TOKEN_BYTES + ((lane // 8 * 2 + half) ^ i) * 64 + t * 16)
+        target = slot + (LIST_BYTES + i * TOKEN_BYTES + (piece ^ i % 2) * 64 + t * 16)
         ins.store_global4_if(present, target, (even[0], odd[0], even[1], odd[1]))

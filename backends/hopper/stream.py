@@ -17,6 +17,8 @@ others. Three roles:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
@@ -47,6 +49,22 @@ _OUT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32
 def _turn(consumer):
     """The hardware barrier at which a consumer waits for its turn to add: number 0 is `sync_threads`."""
     return consumer + 1
+
+
+class Places(NamedTuple):
+    """What a consumer's lane adds to where a slot or a token's sums begin.
+
+    Attributes:
+        lists: to a slot, for its first token's number.
+        pieces: the same, for its token's pieces 0 and 1.
+        sums: of the block's rows of token 0.
+        rows: of these, the lane's.
+    """
+
+    lists: Int32
+    pieces: tuple[Int32, Int32]
+    sums: Int32
+    rows: Int32
 
 
 class StreamKernel:
@@ -431,11 +449,21 @@ class StreamKernel:
         The sums of a part that is not the first are left to the CTA that has that.
         """
         config = self.config
-        widest = config.widths[-1]
         block, phase = warp % config.blocks, warp // config.blocks
         before_me = (phase + config.phases - 1) % config.phases * config.blocks + block
         after_me = (phase + 1) % config.phases * config.blocks + block
         weights = smem + self.offset["weights"] + block * BLOCK_DATA + lane * 16
+        g, t = lane // 4, lane % 4
+        activations = smem + self.offset["activations"]
+        pieces = activations + (LIST_BYTES + g * TOKEN_BYTES + t * 16)
+        odd = g % 2 * 64
+        # A lane's offsets, in registers: the compiler else makes them anew for each pass.
+        places = Places(
+            ins.fixed(activations + t * 8),
+            (ins.fixed(pieces + odd), ins.fixed(pieces + (64 - odd))),
+            ins.fixed(smem + self.offset["sums"] + block * 128),
+            ins.fixed(g * 16),
+        )
         scale_offset = config.blocks * BLOCK_DATA - block * (BLOCK_DATA - BLOCK_SCALES)
         # Items and slots count from the CTA's first. What an item needs besides its data is found while the one before it is
         # multiplied: on the way it took 1000 of 3300 cycles, and the kernel waited for its consumers (H200, 2026-11-26).
@@ -463,15 +491,12 @@ class StreamKernel:
                 if cutlass.const_expr(config.ordered):
                     if item > 0:
                         cute.arch.mbarrier_wait(self._barrier(barriers, "acquired", before_me), before_turn)
-                for first in cutlass.range(0, left, widest * GROUP, unroll=1):
-                    for width, narrower in zip(config.widths, (0, *config.widths)):
-                        if (left > narrower * GROUP) & ((left <= width * GROUP) | (width == widest)):
-                            self._multiply(
-                                smem, barriers, width, words, scales, here, here_turn, left, (first == 0) & (item > 0), block,
-                                warp, lane,
-                            )  # fmt: skip
-                    left -= widest * GROUP
-                    here, here_turn = self._after(here, here_turn, widest)
+                waits = Int32(item > 0)
+                while left > 0:
+                    here, here_turn, left = self._pass(
+                        smem, barriers, 0, words, scales, places, here, here_turn, left, waits, warp, lane
+                    )
+                    waits = Int32(0)
                 if item + 1 < last:
                     cute.arch.barrier_arrive(barrier_id=_turn(after_me), number_of_threads=64)
                 loaded += config.phases
@@ -497,6 +522,8 @@ class StreamKernel:
 
     def _after(self, mark: Int32, turn: Int32, slots: int) -> tuple:
         """A slot's barrier and turn so many slots later, at most a ring."""
+        if slots == 0:
+            return mark, turn
         ring = self.config.slot_barriers
         over = Int32(mark + slots >= ring)
         return mark + slots - over * ring, turn ^ over
@@ -506,39 +533,70 @@ class StreamKernel:
         return self._in_ring(mark, ring)[0] if barriers > ring else mark
 
     @cute.jit
+    def _pass(
+        self, smem, barriers, level: cutlass.Constexpr, words, scales, places, mark, turn, members, waits, warp, lane
+    ):  # fmt: skip
+        """One pass, as wide as `members`, an item's tokens from the slot at `mark` on, need, from the narrowest of a level on;
+        where and how many are left behind it."""
+        config = self.config
+        width, narrower = config.widths[level], (0, *config.widths)[level]
+        # Of many tests only the widest leads to another pass, and each finds all slots but the last few there.
+        if cutlass.const_expr(level + 1 == len(config.widths)):
+            self._multiply(
+                smem, barriers, width, narrower, words, scales, places, mark, turn, members, waits, warp, lane
+            )
+            mark, turn = self._after(mark, turn, width)
+            members -= width * GROUP
+        else:
+            if members <= width * GROUP:
+                self._multiply(
+                    smem, barriers, width, narrower, words, scales, places, mark, turn, members, waits, warp, lane
+                )
+                members = Int32(0)
+            else:
+                mark, turn, members = self._pass(
+                    smem, barriers, level + 1, words, scales, places, mark, turn, members, waits, warp, lane
+                )
+        return mark, turn, members
+
+    @cute.jit
     def _multiply(
-        self, smem, barriers, width: cutlass.Constexpr, words, scales, mark, turn, members, first, block, warp, lane,
+        self, smem, barriers, width: cutlass.Constexpr, full: cutlass.Constexpr, words, scales, places, mark, turn, members,
+        waits, warp, lane,
     ):  # fmt: skip
         """Up to `width` slots of an item, from a barrier on.
 
         Args:
+            full: slots that have eight tokens; the one behind them has one at least.
+            places: of the lane.
             members: tokens of the item from there on.
-            first: whether these are its first, and another item was before.
+            waits: whether these are its first, and another item was before.
         """
         config = self.config
-        g, t = lane // 4, lane % 4
-        places = []
+        rings = []
         for i in cutlass.range_constexpr(width):
             at, at_turn = self._after(mark, turn, i)
-            places.append(self._place(at, config.slots, config.slot_barriers))
-            if i * GROUP < members:
+            rings.append(self._place(at, config.slots, config.slot_barriers))
+            if cutlass.const_expr(i <= full):
                 cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", at), at_turn)
+            else:
+                if i * GROUP < members:
+                    cute.arch.mbarrier_wait(self._barrier(barriers, "slot_full", at), at_turn)
         if cutlass.const_expr(config.ordered):
             if members <= width * GROUP:
                 if lane == 0:
                     cute.arch.mbarrier_arrive(self._barrier(barriers, "acquired", warp))
-        slots = [smem + self.offset["activations"] + place * SLOT_BYTES for place in places]
-        pieces = [slot + (LIST_BYTES + g * TOKEN_BYTES + t * 16) for slot in slots]
-        present = [g < members - i * GROUP for i in range(width)]
+        slots = [ring * SLOT_BYTES for ring in rings]
+        present = [None if i < full else lane < (members - i * GROUP) * 4 for i in range(width)]
         zero = Float32(0.0)
         sums = [[(zero, zero, zero, zero) for _ in range(2)] for _ in range(width)]
         right = [(Int32(0), Int32(0), Int32(0), Int32(0)) for _ in range(width)]
         for q in cutlass.range_constexpr(4):
             factors = [ins.scale_pair(scales[q], 8 * half) for half in range(2)]
             for pair in cutlass.range_constexpr(2):
-                piece = ((2 * q + pair) * 64) ^ (g * 64)
                 for i in cutlass.range_constexpr(width):
-                    right[i] = ins.load4_if(present[i], pieces[i] + piece, right[i])
+                    at = places.pieces[pair] + slots[i] + q * 128
+                    right[i] = ins.load4(at) if i < full else ins.load4_if(present[i], at, right[i])
                 for step in cutlass.range_constexpr(2):
                     for half in cutlass.range_constexpr(2):
                         operand = ins.decode_weights(words[q][half][2 * pair + step], factors[half])
@@ -546,34 +604,45 @@ class StreamKernel:
                             sums[i][half] = ins.multiply(sums[i][half], operand, right[i][2 * step : 2 * step + 2])
         tokens, weights = [], []
         for i in cutlass.range_constexpr(width):
-            header = slots[i] + t * 8
-            listed = Boolean(i * GROUP < members)
-            tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
-            weights.append(ins.load2_if(listed, header + 32, (zero, zero)))
+            header = places.lists + slots[i]
+            if cutlass.const_expr(i <= full):
+                tokens.append(ins.load2(header))
+                weights.append(ins.load2(header + 32, Float32))
+            else:
+                listed = Boolean(i * GROUP < members)
+                tokens.append(ins.load2_if(listed, header, (Int32(-1), Int32(-1))))
+                weights.append(ins.load2_if(listed, header + 32, (zero, zero)))
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(width):
             # To all CTAs of the cluster, any of which may fill the slot next.
-            if (lane < config.cluster) & (i * GROUP < members):
+            if (lane < config.cluster) & (True if i <= full else i * GROUP < members):
                 peer = lane if config.cluster > 1 else None
-                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", places[i]), peer)
-        base = smem + self.offset["sums"] + block * 128
+                cute.arch.mbarrier_arrive(self._barrier(barriers, "slot_empty", rings[i]), peer)
         targets, old = [], []
         for i in cutlass.range_constexpr(width):
             for j in cutlass.range_constexpr(2):
                 token = tokens[i][j]
                 # A token's 32 rows fill all banks once; which lane meets which of them changes with the token.
-                targets.append((token >= 0, base + token * self.row_bytes + ((g * 16) ^ ((token & 6) * 16))))
-        if first:
+                at = places.sums + token * self.row_bytes + (places.rows ^ ((token & 6) * 16))
+                targets.append((None if i < full else token >= 0, at))
+        if waits > 0:
             cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)
         # The other consumers wait for this: all loads first, then all additions.
         for wanted, at in targets:
-            old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))
+            if cutlass.const_expr(wanted is None):
+                old.append(ins.load4(at, Float32))
+            else:
+                old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))
         for i in cutlass.range_constexpr(width):
             low, high = sums[i]
             for j in cutlass.range_constexpr(2):
                 wanted, at = targets[2 * i + j]
                 added = zip(old[2 * i + j], (low[j], low[2 + j], high[j], high[2 + j]))
-                ins.store4_if(wanted, at, tuple(x + weights[i][j] * y for x, y in added))
+                new = tuple(x + weights[i][j] * y for x, y in added)
+                if cutlass.const_expr(wanted is None):
+                    ins.store4(at, new)
+                else:
+                    ins.store4_if(wanted, at, new)
 
     @cute.jit
     def _leave(self, smem, sums, flags, tokens, hidden, done, warp, lane):
