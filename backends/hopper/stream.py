@@ -259,6 +259,7 @@ class StreamKernel:
             mine = first + lane * 8
             if cutlass.const_expr(self.config.few):
                 loaded = [ins.load1(table + cutlass.min(mine + i, experts - 1) * 8) for i in range(8)]
+                cute.arch.sync_warp()  # entries take the counts' place
             else:
                 loaded = []
                 for i in (0, 4):
@@ -536,11 +537,11 @@ class StreamKernel:
     def _pass(
         self, smem, barriers, level: cutlass.Constexpr, words, scales, places, mark, turn, members, waits, warp, lane
     ):  # fmt: skip
-        """One pass, as wide as `members`, an item's tokens from the slot at `mark` on, need, from the narrowest of a level on;
-        where and how many are left behind it."""
+        """The narrowest pass, of the widths from `level` on, that holds `members`, an item's tokens from the slot at `mark` on, or
+        the widest. Returns the slot behind it, its turn, and the tokens from there on."""
         config = self.config
         width, narrower = config.widths[level], (0, *config.widths)[level]
-        # Of many tests only the widest leads to another pass, and each finds all slots but the last few there.
+        # Only the widest leads to another pass, and each knows how many of its slots are full: all that the narrower one takes.
         if cutlass.const_expr(level + 1 == len(config.widths)):
             self._multiply(
                 smem, barriers, width, narrower, words, scales, places, mark, turn, members, waits, warp, lane
