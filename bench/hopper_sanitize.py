@@ -3,7 +3,6 @@
 Also with `--tool racecheck`. Prints how many calls it made; the sanitizer's summary is the result. What racecheck reports of
 `fc2_warpgroup` and, on the largest shape, of `StreamKernel` are false alarms: `results/hopper-notes.md` says how that is known.
 """
-
 from __future__ import annotations
 
 import torch
@@ -26,9 +25,7 @@ def main() -> None:
         a = quantize_nvfp4(torch.randn(m, experts * inner, device="cuda"), layout=layout)
         plain: Nvfp4Tensor = quantize_nvfp4(torch.randn(n, experts * inner, device="cuda"), layout=layout)
         for b in (plain, registry.get("triton").prepare(plain)):
-            problem = Fc2Problem(
-                m, n, experts * inner, experts, torch.bfloat16, layout, b.layout, "cuda", device.capability
-            )
+            problem = Fc2Problem(m, n, experts * inner, experts, torch.bfloat16, layout, b.layout, "cuda", device.capability)
             for share in (0.15, 1.0):  # routed and dense
                 alpha = torch.rand(m, experts, device="cuda") * (torch.rand(m, experts, device="cuda") < share)
                 for name in runs if shape in SMALL else ("hopper",):

@@ -69,7 +69,9 @@ def test_leave_one_out_regret_of_shipped_tables(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_shipped_constants_are_those_of_the_fit(name):
     table = store.load(store.SHIPPED / f"{name}.json")
-    assert {f: v.to_json() for f, v in fitted(table).model.items()} == {f: v.to_json() for f, v in table.model.items()}
+    assert {f: v.to_json() for f, v in fitted(table).model.items()} == {
+        f: v.to_json() for f, v in table.model.items()
+    }
 
 
 def test_leave_one_out_can_fail():
@@ -77,7 +79,9 @@ def test_leave_one_out_can_fail():
     tactics = CuteTactic(128, 64), CuteTactic(128, 128)
     times = {16: (50, 60), 32: (50, 60), 64: (50, 20), 96: (50, 60), 128: (50, 60)}
     entries = [
-        Entry(replace(V3, m=m), "any", t, us * 1e-6) for m, pair in times.items() for t, us in zip(tactics, pair)
+        Entry(replace(V3, m=m), "any", t, us * 1e-6)
+        for m, pair in times.items()
+        for t, us in zip(tactics, pair)
     ]
     results = {r.problem.m: r for r in leave_one_out(Table("NVIDIA B200", tuple(entries)))}
     assert results[64].chosen == tactics[0] and results[64].regret == pytest.approx(1.5)
@@ -128,9 +132,7 @@ def test_work_of_triton_forms():
     assert routed.bytes < 0.3 * V3.weight_bytes
 
 
-@pytest.mark.parametrize(
-    "m, top_k, block", [(1, 8, 8), (16, 8, 8), (256, 8, 8), (256, 8, 16), (512, 8, 16), (64, 2, 8)]
-)
+@pytest.mark.parametrize("m, top_k, block", [(1, 8, 8), (16, 8, 8), (256, 8, 8), (256, 8, 16), (512, 8, 16), (64, 2, 8)])
 def test_gathered_rows_are_those_of_random_selections(m, top_k, block):
     experts = 8 if top_k == 2 else 256
     source = torch.Generator().manual_seed(m)
@@ -188,7 +190,9 @@ def test_failures_do_not_enter_the_fit():
     assert set(fit(rows, 148, 8e12, 9e15).families["cute"].compute) == {"128x64"}
 
 
-@pytest.mark.parametrize("text, experts, k", [("topk:8", 256, 8), ("topk:8", 4, 4), ("dense", 32, 32), ("any", 32, 32)])
+@pytest.mark.parametrize(
+    "text, experts, k", [("topk:8", 256, 8), ("topk:8", 4, 4), ("dense", 32, 32), ("any", 32, 32)]
+)
 def test_forms_of_alpha(text, experts, k):
     assert top_k_of(text, experts) == k
 
