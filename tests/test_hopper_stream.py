@@ -217,12 +217,21 @@ def test_a_cluster_changes_no_bit_and_copies_activations_once(slots) -> None:
         assert 2 * (shared.counter("bulk copy bytes") - weights) == activations
 
 
-@pytest.mark.parametrize("tokens", [256, 512])
-def test_machine_code_of_a_cluster(tokens, tmp_path) -> None:
-    """Nothing spilled, no more registers than a multiprocessor has for all threads, and one multicast per copy."""
+@pytest.mark.parametrize(
+    ("tokens", "tactic"),
+    [
+        (16, HopperTactic(64, 6, 14)),
+        (256, HopperTactic(64, 7, 14)),
+        (256, HopperTactic(64, 5, 12, 2)),
+        (512, HopperTactic(64, 7, 16)),
+        (512, HopperTactic(64, 5, 12, 2)),
+    ],
+)
+def test_machine_code(tokens, tactic, tmp_path) -> None:
+    """Nothing spilled, no more registers than a multiprocessor has for all threads, and in a cluster a multicast per slot."""
     tools = [resources.find_tool(name) for name in ("cuobjdump", "nvdisasm")]
     problem = Fc2Problem(tokens, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
-    config = stream_config(problem, HopperTactic(64, 5, 12, 2), tokens)
+    config = stream_config(problem, tactic, tokens)
     cubin = tmp_path / "stream.cubin"
     options = f"--keep-cubin --dump-dir={tmp_path}"
     cubin.write_bytes(compiler.compile_kernel(config, options=options).artifacts.CUBIN)
@@ -232,7 +241,7 @@ def test_machine_code_of_a_cluster(tokens, tmp_path) -> None:
     )
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 65536 // config.threads // 8 * 8
     assert "STACK:0 " in usage and not re.search(r"\b(LDL|STL)\b", code)
-    assert len(re.findall(r"\bUBLKCP\S*\.MULTICAST", code)) == 1
+    assert len(re.findall(r"\bUBLKCP\S*\.MULTICAST", code)) == (tactic.cluster > 1)
 
 
 def test_too_many_experts_for_shared_memory() -> None:
