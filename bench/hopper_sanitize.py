@@ -1,7 +1,7 @@
 """Every tactic for Hopper once, on small awkward shapes: `compute-sanitizer --tool memcheck python -m bench.hopper_sanitize`.
 
 Also with `--tool racecheck`. Prints how many calls it made; the sanitizer's summary is the result. What racecheck reports of
-`fc2_warpgroup` and, on the largest shape, of `StreamKernel` are false alarms: `results/hopper-notes.md` says how that is known.
+`fc2_warpgroup` and, on the largest shape, of `StreamKernel` is taken for false alarms: `results/hopper-notes.md` says why.
 """
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def describe(name: str, tactic: object, cubin: bytes, words: int | None) -> dict
 
 
 def triton_kernels(problem: Fc2Problem, capability: tuple[int, int]) -> Iterator[tuple]:
-    """(name, tactic, cubin, words of a turn) of the kernels that multiply."""
+    """(name, tactic, cubin, words of a turn) of all kernels but those that list, gather and add up."""
     for tactic in rules.tactics(problem):
         for name, kernel in compile_for(problem, tactic, capability).items():
             if name not in ("list_tokens", "gather_tokens", "finish"):
