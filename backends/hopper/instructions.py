@@ -286,14 +286,13 @@ def scale_pair(word: Int32, turned: Int32 | int) -> Int32:
 
 def decode_weights(word: Int32, scales: Int32) -> tuple:
     """The left operand's four registers of one step of 16 values of K; `scales` of `scale_pair`."""
-    # A product with two set bits shifts sign and magnitude by different amounts; the masks keep it free of carries.
     return ptx(
-        f"""{{ .reg .b32 t, low, high; .reg .b16 l, h;
+        f"""{{ .reg .b32 s, t, low, high; .reg .b16 l, h;
         mov.b32 {{l, h}}, $5; mov.b32 low, {{l, l}}; mov.b32 high, {{h, h}};
         and.b32 t, $4, {_FIELD}; mul.f16x2 $0, t, low;
         shl.b32 t, $4, 3; and.b32 t, t, {_FIELD}; mul.f16x2 $1, t, high;
-        and.b32 t, $4, 0x40384038; mul.lo.u32 t, t, 66; and.b32 t, t, {_FIELD}; mul.f16x2 $2, t, low;
-        and.b32 t, $4, 0x20072007; mul.lo.u32 t, t, 516; and.b32 t, t, {_FIELD}; mul.f16x2 $3, t, high; }}""",
+        shl.b32 s, $4, 7; shl.b32 t, $4, 10; xor.b32 t, t, s; and.b32 t, t, {_FIELD}; mul.f16x2 $2, t, low;
+        shf.l.wrap.b32 t, $4, $4, 12; xor.b32 t, t, s; and.b32 t, t, {_FIELD}; mul.f16x2 $3, t, high; }}""",
         (Int32,) * 4, (word, scales), effects=False,
     )  # fmt: skip
 

@@ -119,7 +119,7 @@ def _multiply_asm(groups: int, half: int) -> str:
     """
     acc, x0 = 4 * groups, 8 * groups
     scale, b0 = x0 + 4, x0 + 5
-    lines = [".reg .b32 t, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;"]
+    lines = [".reg .b32 t, u, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;"]
     lines += [f"mov.f32 ${i}, ${acc + i};" for i in range(acc)]
     # Scale factors are the upper byte of a float16 without its sign: rows g in the low half, g + 8 in the high half.
     lines.append(f"prmt.b32 s, ${scale}, ${scale}, 0x2103;" if half else f"mov.b32 s, ${scale};")
@@ -129,9 +129,8 @@ def _multiply_asm(groups: int, half: int) -> str:
         lines += [
             f"and.b32 a0, {x}, 0x8E008E00;",
             f"shl.b32 t, {x}, 3; and.b32 a1, t, 0x8E008E00;",
-            # A product with two set bits shifts sign and magnitude by different amounts; the masks keep it free of carries.
-            f"and.b32 t, {x}, 0x40384038; mul.lo.u32 t, t, 66; and.b32 a2, t, 0x8E008E00;",
-            f"and.b32 t, {x}, 0x20072007; mul.lo.u32 t, t, 516; and.b32 a3, t, 0x8E008E00;",
+            f"shl.b32 u, {x}, 7; shl.b32 t, {x}, 10; xor.b32 t, t, u; and.b32 a2, t, 0x8E008E00;",
+            f"shf.l.wrap.b32 t, {x}, {x}, 12; xor.b32 t, t, u; and.b32 a3, t, 0x8E008E00;",
             "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;",
         ]
         for group in range(groups):
@@ -175,12 +174,12 @@ def multiply2(acc, x, scale, b, c):
 def _decode_asm() -> str:
     """$0..$7: registers 0..3 of the left operand, low then high side, from a word of weights and its scale factors."""
     lines = [
-        ".reg .b32 t, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;",
+        ".reg .b32 t, u, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;",
         "mov.b32 {l, h}, $9; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};",
         "and.b32 a0, $8, 0x8E008E00;",
         "shl.b32 t, $8, 3; and.b32 a1, t, 0x8E008E00;",
-        "and.b32 t, $8, 0x40384038; mul.lo.u32 t, t, 66; and.b32 a2, t, 0x8E008E00;",
-        "and.b32 t, $8, 0x20072007; mul.lo.u32 t, t, 516; and.b32 a3, t, 0x8E008E00;",
+        "shl.b32 u, $8, 7; shl.b32 t, $8, 10; xor.b32 t, t, u; and.b32 a2, t, 0x8E008E00;",
+        "shf.l.wrap.b32 t, $8, $8, 12; xor.b32 t, t, u; and.b32 a3, t, 0x8E008E00;",
         "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;",
     ]
     lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};" for i in range(4)]

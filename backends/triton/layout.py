@@ -4,9 +4,8 @@ Rows come in blocks of 32 (two instructions of 16 rows), K in chunks of 256 (fou
 Chunks are outermost: programs that walk the experts together then read one contiguous piece of memory at a time.
 
 - data: int32 [K/256, N/32, quarter 4, half 2, lane 32, step 4]. A word holds the 8 codes that lane 4g + t gives to one
-  matrix instruction: rows g and g + 8 of the half, and four of its 16 values of K (`fragments.py` names them). In each
-  16-bit side of the word, from bit 15 down: the signs of registers 0, 2, 3, 1, then the magnitudes of registers
-  0, 1, 2, 3. Registers 0 and 2 are row g, 1 and 3 row g + 8.
+  matrix instruction: rows g and g + 8 of the half, and four of its 16 values of K (`fragments.py` names them). Registers 0
+  and 2 are row g, 1 and 3 row g + 8. `_registers` says how they come out of the word, each in four instructions at most.
 - scale: int32 [K/256, N/32, lane 32, quarter 4], four scale factors each: rows g and g + 8 of both halves, for the 16
   values of lane t. A factor s is stored as bits 14..7 of the float16 64*s, which any non-negative e4m3 fits exactly. Half 0
   lies at bits 14..7 of the 16-bit sides, half 1 likewise after a rotation to the left by 8.
@@ -29,11 +28,10 @@ FORM = "fragments"
 #: Rows per block, values of K per chunk, and the multiple that rows are padded to (the tallest tile of a kernel).
 ROWS, CHUNK, PADDING = 32, 256, 128
 
-# Register -> (bit of its sign, lowest bit of its magnitude) in a 16-bit side.
-_SIGN = (15, 12, 14, 13)
-_MAGNITUDE = (9, 6, 3, 0)
-# Rows handled at a time: bounds the working memory to about 150 MB at K = 65536.
-_STEP = 512
+# Where the sign and the magnitude of a code stand in a float16, in both sides of a word: 0x8E008E00.
+_FIELD = 0x8E008E00 - (1 << 32)
+# Rows handled at a time: bounds the working memory to about 120 MB at K = 65536.
+_STEP = 128
 
 
 class ReadsFragments(Fc2Backend):
@@ -58,7 +56,7 @@ class ReadsFragments(Fc2Backend):
 
 
 def prepare(b: Nvfp4Tensor, in_place: bool = False) -> PreparedOperand:
-    """B permuted. Working memory on its device, beside the result, is about 150 MB at K = 65536.
+    """B permuted. Working memory on its device, beside the result, is about 120 MB at K = 65536.
 
     Args:
         in_place: write into b's own memory, with the original passing through the host's; b is emptied. Needs N to be a
@@ -129,31 +127,62 @@ def _pack_data(x: torch.Tensor) -> torch.Tensor:
     rows, k = x.shape[0], x.shape[1] * 2
     # A 32-bit word of the plain form is 8 consecutive values: nibble i and i + 4 form slot pair i.
     plain = x.contiguous().view(torch.int32).view(rows // 32, 2, 2, 8, k // CHUNK, 4, 4, 2)  # block half r8 g chunk q t w
-    words = torch.zeros((rows // 32, k // CHUNK, 4, 2, 8, 4, 2, 2), dtype=torch.int32, device=x.device)
+    registers = []
     for register in range(4):
         source = plain[:, :, register % 2].permute(0, 3, 4, 1, 2, 5, 6)  # block chunk q half g t w
+        bits = torch.zeros((rows // 32, k // CHUNK, 4, 2, 8, 4, 2, 2), dtype=torch.int32, device=x.device)
         for step in range(2):
             pair = 2 * step + register // 2
             for side in range(2):
                 code = source >> (4 * (pair + 4 * side))
-                target = ((code & 7) << _MAGNITUDE[register]) | (((code >> 3) & 1) << _SIGN[register])
-                words[..., step] |= target << (16 * side)
-    return words.view(rows // 32, k // CHUNK, 4, 2, 32, 4)
+                bits[..., step] |= (((code & 7) << 9) | (((code >> 3) & 1) << 15)) << (16 * side)
+        registers.append(bits)
+    return _word(*registers).view(rows // 32, k // CHUNK, 4, 2, 32, 4)
 
 
 def _unpack_data(words: torch.Tensor) -> torch.Tensor:
     blocks, chunks = words.shape[:2]
     words = words.reshape(blocks, chunks, 4, 2, 8, 4, 2, 2)
     plain = torch.zeros((blocks, 2, 2, 8, chunks, 4, 4, 2), dtype=torch.int32, device=words.device)
-    for register in range(4):
+    for register, bits in enumerate(_registers(words)):
         target = plain[:, :, register % 2].permute(0, 3, 4, 1, 2, 5, 6)
         for step in range(2):
             pair = 2 * step + register // 2
             for side in range(2):
-                word = words[..., step] >> (16 * side)
-                code = ((word >> _MAGNITUDE[register]) & 7) | (((word >> _SIGN[register]) & 1) << 3)
-                target |= code << (4 * (pair + 4 * side))
+                half = bits[..., step] >> (16 * side)
+                target |= (((half >> 9) & 7) | (((half >> 15) & 1) << 3)) << (4 * (pair + 4 * side))
     return plain.view(blocks * 32, chunks * 32).view(torch.uint8).view(blocks * 32, chunks * CHUNK // 2)
+
+
+def _registers(word: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Signs and magnitudes of the four registers, where they stand in a float16: what the kernels compute.
+
+    Three words made of it by shifts would each need bits that another one needs, as a mask finds the same places in all; with
+    exclusive ors, which cost a mask's instruction nothing, four shifts give 32 independent bits.
+    """
+    shared = word << 7
+    return word & _FIELD, (word << 3) & _FIELD, (shared ^ (word << 10)) & _FIELD, (shared ^ _rotated(word, 12)) & _FIELD
+
+
+def _word(r0: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, r3: torch.Tensor) -> torch.Tensor:
+    """The word with these registers."""
+
+    def moved(bits: torch.Tensor, down: int, *places: int) -> torch.Tensor:
+        return (bits >> down) & sum(1 << place for place in places)
+
+    # Bits 6 to 12, 15, 22 to 28 and 31 of the word stand in the first two registers. Without what they add to the others,
+    # the rest come one after the other.
+    word = r0 | ((r1 >> 3) & 0x11C011C0)
+    _, _, known2, known3 = _registers(word)
+    r2, r3 = r2 ^ known2, r3 ^ known3
+    found = moved(r2, 7, 2, 18) | moved(r2, 10, 5, 21) | moved(r3, 7, 4, 20) | moved(r3, 12, 3, 19)
+    _, _, known2, known3 = _registers(found)
+    r2, r3 = r2 ^ known2, r3 ^ known3
+    return word | found | moved(r2, 10, 0, 1, 16, 17) | (_rotated(r3, 20) & 0x60006000)
+
+
+def _rotated(word: torch.Tensor, left: int) -> torch.Tensor:
+    return (word << left) | ((word >> (32 - left)) & ((1 << left) - 1))
 
 
 def _pack_scale(x: torch.Tensor) -> torch.Tensor:

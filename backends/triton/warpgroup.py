@@ -30,6 +30,7 @@ def _unit_asm() -> str:
 
 def _codes_asm() -> str:
     """$0..$3: 8 float16, 2^-8 of the values of a packed word ($4); $5..$8 are its four scale factors."""
+    # A product with two set bits shifts sign and magnitude by different amounts; the masks keep it free of carries.
     return """{ .reg .b32 t;
     and.b32 $0, $4, 0x8E008E00;
     shl.b32 t, $4, 3; and.b32 $1, t, 0x8E008E00;
@@ -56,7 +57,8 @@ def pack_activations(
     Args:
         a_data: int32 view of [tokens, K/2] bytes.
         packed: int32 [K/256, columns / TOKENS, quarter 4, TOKENS, 8]: word 2s + h holds the values at slots
-            8h .. 8h+7 of step s, packed as weights are.
+            8h .. 8h+7 of step s, as `_codes_asm` takes them: in each 16-bit side, from bit 15 down, the signs of scale
+            blocks 0, 2, 3, 1, then the magnitudes of 0, 1, 2, 3.
         units: int32 [K/256, columns / TOKENS, quarter 4, TOKENS], four scale factors each: bits 14..7 of the
             float16 64*s. Signs go to the values.
         columns: tokens, rounded up to whole tiles; values past the last token are zero.
