@@ -214,7 +214,8 @@ class Nvfp4Tensor:
 class PreparedOperand:
     """An operand permuted by a backend's `prepare` into the order its kernels read fastest.
 
-    Only backends that know that order can read it; `unprepare` of one gives the `Nvfp4Tensor` back, exactly.
+    Only backends that know that order can read it; `unprepare` of one gives the `Nvfp4Tensor` back, exactly. It is made to be
+    used, not to be stored: versions may differ in the order.
 
     Attributes:
         backend: name of the backend whose order it is.
