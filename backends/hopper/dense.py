@@ -137,8 +137,7 @@ class DenseKernel:
             smem.allocate_array(cutlass.Int64, tile.stages),
         )
         votes = smem.allocate(VOTES_BYTES, 16).toint()
-        # Not by one of the first warps, which look at alpha meanwhile.
-        if warp == tile.warps + 3:
+        if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(tile.stages):
                     cute.arch.mbarrier_init(ring.full + i, 2)

@@ -12,10 +12,8 @@ from cutlass import Boolean, Int32, Int64
 
 from backends.hopper import instructions as ins
 
-#: Tokens that are looked at, evenly spread, each by a warp.
-TOKENS = 8
-# Experts of each.
-_EXPERTS = 256
+# Tokens that are looked at, evenly spread, and experts of each.
+_TOKENS, _EXPERTS = 8, 256
 
 
 @cute.jit
@@ -29,7 +27,7 @@ def is_dense(
         votes: shared memory, `VOTES_BYTES`.
         warps, warp, lane: of the block, and the thread's.
     """
-    rows, columns = cutlass.min(tokens, TOKENS), cutlass.min(experts, _EXPERTS)
+    rows, columns = cutlass.min(tokens, _TOKENS), cutlass.min(experts, _EXPERTS)
     nonzeros = Int32(0)
     for row in cutlass.range(warp, rows, warps, unroll=1):
         source = Int64(alpha.toint()) + Int64(row * tokens // rows) * experts * 4

@@ -24,7 +24,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32
 
 from backends.hopper import instructions as ins
-from backends.hopper.form import TOKENS, is_dense
+from backends.hopper.form import is_dense
 from backends.hopper.gather import gather_slot, is_late
 from backends.hopper.share import FIELDS, share
 from backends.hopper.stream_plan import (
@@ -149,15 +149,11 @@ class StreamKernel:
         thread = cute.arch.thread_idx()[0]
         lane = cute.arch.lane_idx()
 
-        cute.arch.griddepcontrol_launch_dependents()
-        # The first warps look at alpha, meanwhile the others make ready what no other kernel gives.
-        looking = min(TOKENS, config.threads // 64)
         self._start_barriers(barriers, thread)
         zero = Float32(0.0)
-        if warp >= looking:
-            first, step = (thread - 32 * looking) * 16, (config.threads - 32 * looking) * 16
-            for at in cutlass.range(first, tokens * self.row_bytes, step):
-                ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
+        for at in cutlass.range(thread * 16, tokens * self.row_bytes, config.threads * 16):
+            ins.store4(smem + self.offset["sums"] + at, (zero, zero, zero, zero))
+        cute.arch.griddepcontrol_launch_dependents()
         dense = Boolean(False)
         if cutlass.const_expr(config.few):
             self._count(smem, alpha, tokens, thread)
@@ -224,12 +220,12 @@ class StreamKernel:
 
     @cute.jit
     def _start_barriers(self, barriers: cute.Pointer, thread: Int32):
-        """By one thread of the last warp, which takes 45 cycles for each; many by all, though their fences take 1.3 us (H100,
-        2026-11-26)."""
-        arrivals = {"weights_empty": self.config.blocks, "slot_empty": self.config.blocks * self.config.cluster}
-        kinds, first = list(self.barrier), 0 if self.many_barriers else self.config.threads - 32
+        blocks = self.config.blocks
+        arrivals = {"weights_empty": blocks, "slot_empty": blocks * self.config.cluster}
+        kinds = list(self.barrier)
+        # One takes a warp 45 cycles: many are divided over all warps, though their fences take 1.3 us (H100, 2026-11-26).
         step = self.config.threads if self.many_barriers else 1
-        if (thread >= first) & (thread < first + step):
+        if thread < step:
             for kind, following in zip(kinds, kinds[1:]):
                 begin, end, count = self.barrier[kind], self.barrier[following], arrivals.get(kind, 1)
                 if cutlass.const_expr(self.many_barriers):
