@@ -11,6 +11,8 @@ from backends.problem import Fc2Problem
 from backends.tactic import Tactic
 from bench.options import Options
 from bench.records import Absent
+from dispatch import store
+from dispatch.inputs import AlphaForm
 
 #: The backend that is everyone's baseline: all of its tactics always take part.
 BASELINE = "torch"
@@ -48,12 +50,13 @@ def absent_backends(names: Sequence[str], device: DeviceInfo) -> list[Absent]:
 
 
 def line_up(
-    problem: Fc2Problem, device: DeviceInfo, options: Options, favourite: Optional[Tactic]
+    problem: Fc2Problem, device: DeviceInfo, options: Options, alpha: AlphaForm, favourite: Optional[Tactic]
 ) -> tuple[list[Contestant], list[Absent]]:
     """Contestants for a problem, whose `b_layout` says which form of the weights, and who is missing though supported.
 
     Args:
         options: which backends may take part, and which of their tactics; a tactic that lacks a pinned field may not.
+        alpha: its form; the tables' fastest for it takes part.
         favourite: what "auto" takes; it takes part even where it is nobody's default.
     """
     tactics: list[Tactic] = []
@@ -74,9 +77,24 @@ def line_up(
             if not found:
                 absent.append(Absent(name, reason))
         tactics += found
-    if favourite is not None and favourite.backend in options.backends and favourite not in tactics and not chosen:
-        tactics.append(favourite)
+    if not chosen:
+        others = (favourite, fastest_known(problem, device, options, alpha))
+        tactics += (t for t in dict.fromkeys(others) if t and t.backend in options.backends and t not in tactics)
     return [Contestant(tactic, problem.b_layout, tactic == favourite) for tactic in tactics], absent
+
+
+def fastest_known(problem: Fc2Problem, device: DeviceInfo, options: Options, alpha: AlphaForm) -> Optional[Tactic]:
+    """The fastest tactic measured for this form of alpha, which "auto" does not ask about, here or at M around; None where there
+    is none."""
+
+    def runs(tactic: Tactic) -> bool:
+        backend = registry.get(tactic.backend)
+        able = tactic.backend in options.backends and backend.is_supported(device)
+        return bool(able and backend.can_implement(problem, tactic))
+
+    estimates = store.measured_for(device).evidence(problem, str(alpha), runs).estimates
+    known = {tactic: e.seconds for tactic, e in estimates.items() if e.source != "model"}
+    return min(known, key=known.get, default=None)
 
 
 def _prefers_other_weights(backend: Fc2Backend, problem: Fc2Problem) -> bool:

@@ -175,7 +175,7 @@ class _Stage:
         sets = self._token_sets(alpha_form, m, source)
         expected = references(sets, self.weights)
         entries = []
-        for contestant, problem in self._contestants(m, sets[0]):
+        for contestant, problem in self._contestants(m, alpha_form, sets[0]):
             if isinstance(contestant, Absent):
                 yield contestant
                 continue
@@ -201,7 +201,9 @@ class _Stage:
         count = rotation(touched, self.options.device, len(self.forms[self.weights.layout]))
         return first + token_sets(alpha_form, m, k, experts, source, count - 1)
 
-    def _contestants(self, m: int, tokens: TokenSet) -> Iterator[tuple[Contestant | Absent, Fc2Problem]]:
+    def _contestants(
+        self, m: int, alpha_form: AlphaForm, tokens: TokenSet
+    ) -> Iterator[tuple[Contestant | Absent, Fc2Problem]]:
         options, shape = self.options, self.options.shape
         for form, operands in self.forms.items():
             problem = Fc2Problem(
@@ -218,7 +220,7 @@ class _Stage:
                 favourite = dispatch.explain(tokens.a, operands[0], tokens.alpha, out_dtype=options.out_dtype).tactic
             except dispatch.UnavailableError:
                 favourite = None
-            found, absent = line_up(problem, self.info, options, favourite)
+            found, absent = line_up(problem, self.info, options, alpha_form, favourite)
             yield from ((entry, problem) for entry in (*found, *absent))
 
     def _entry(self, contestant: Contestant, problem: Fc2Problem, sets: Sequence[TokenSet]) -> _Entry:

@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends import quantize_nvfp4, unregister
+from backends import Fc2Problem, get, quantize_nvfp4, unregister
+from backends.device import DeviceInfo
 from backends.torch_baseline import TorchTactic
 from bench import options as command_line
 from bench import shootout
 from bench.__main__ import main
-from bench.contestants import Contestant
+from bench.contestants import Contestant, line_up
 from bench.options import pair, parse, pin
 from bench.records import read_results
 from bench.timing import METHODS, UnavailableMethod, available_methods, choose_method
+from dispatch import store
 from dispatch.check import errors, references
+from dispatch.evidence import Measured
 from dispatch.inputs import (
     AlphaForm,
     generator,
@@ -391,9 +394,33 @@ def test_progress_reaches_the_end():
     assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == pytest.approx(1.0)
 
 
-def test_labels_are_unique_among_all_tactics():
-    from backends import Fc2Problem, get
+def test_the_fastest_that_the_tables_know_takes_part(monkeypatch):
+    """Of the form of alpha at hand, and of the backends asked for."""
+    monkeypatch.setattr(store, "measured_for", lambda device: Measured(store.shipped_for(device)))
+    h200 = DeviceInfo("cuda", "NVIDIA H200", (9, 0), 132)
+    problem = Fc2Problem(512, 7168, 65536, 256, b_layout="triton/fragments", capability=(9, 0))
+    table = store.shipped_for(h200)
 
+    def fastest(alpha: str, backend: str):
+        times = {
+            entry.tactic: entry.seconds
+            for entry in table.entries
+            if (entry.problem.m, entry.problem.k, entry.alpha, entry.tactic.backend) == (512, 65536, alpha, backend)
+        }
+        return min(times, key=times.get)
+
+    for backend in ("hopper", "triton"):
+        options = parse(["--backends", backend])
+        for form in (AlphaForm("topk", 8), AlphaForm("dense", 8)):
+            found, absent = line_up(problem, h200, options, form, favourite=None)
+            assert {c.tactic for c in found} == {fastest(str(form), backend), get(backend).default_tactic(problem)}
+        assert len(line_up(problem, h200, options, AlphaForm("skewed", 8), favourite=None)[0]) == 1
+    assert fastest("topk:8", "hopper") != get("hopper").default_tactic(problem)
+    pinned, _ = line_up(problem, h200, parse(["--tactic", "phases=5"]), AlphaForm("topk", 8), favourite=None)
+    assert pinned and {c.tactic.phases for c in pinned} == {5}
+
+
+def test_labels_are_unique_among_all_tactics():
     for name, capability in (("cute", (10, 0)), ("triton", (9, 0)), ("torch", None)):
         problem = Fc2Problem(64, 7168, 65536, 256, capability=capability)
         labels = [Contestant(tactic, "128x4").label for tactic in get(name).tactics(problem)]
