@@ -84,13 +84,16 @@ def line_up(
 
 
 def fastest_known(problem: Fc2Problem, device: DeviceInfo, options: Options, alpha: AlphaForm) -> Optional[Tactic]:
-    """The fastest tactic measured for this form of alpha, which "auto" does not ask about, here or at M around; None where there
-    is none."""
+    """The fastest of the tactics timed with this form of alpha, at this M or at those around it; None where there is none.
+
+    "auto" cannot ask for the form, as alpha lies on the device: the two together show what that costs.
+    """
 
     def runs(tactic: Tactic) -> bool:
+        if tactic.backend not in options.backends:
+            return False
         backend = registry.get(tactic.backend)
-        able = tactic.backend in options.backends and backend.is_supported(device)
-        return bool(able and backend.can_implement(problem, tactic))
+        return bool(backend.is_supported(device) and backend.can_implement(problem, tactic))
 
     estimates = store.measured_for(device).evidence(problem, str(alpha), runs).estimates
     known = {tactic: e.seconds for tactic, e in estimates.items() if e.source != "model"}
