@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from backends import Fc2Problem  # noqa: E402
 from backends.triton import tactic as rules  # noqa: E402
 from backends.triton.offline import compile_for  # noqa: E402
+from bench import hopper_sass  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 #: The kernels that multiply, and the tensor core instruction each is written for.
@@ -40,3 +41,12 @@ def test_wide_experts_compile():
     """Experts of several 256-value chunks, linear scale factors, an odd number of experts."""
     problem = Fc2Problem(24, 7168, 257 * 512, 257, a_layout="linear", b_layout=rules.PREPARED, capability=(9, 0))
     assert set(compile_for(problem, rules.default_tactic(problem), (9, 0))) >= {"list_tokens", "gather_tokens", "fc2_routed", "finish"}
+
+
+@pytest.mark.parametrize("m", [16, 32, 64])
+def test_the_dense_kernel_hardly_spills(m):
+    """The order in which a word's fields are decoded once made it 357 accesses of local memory at 32 tokens."""
+    problem = Fc2Problem(m, 7168, 65536, 256, b_layout=rules.PREPARED, capability=(9, 0))
+    kernels = hopper_sass.triton_kernels(problem, (9, 0))
+    name, tactic, cubin, words = next(found for found in kernels if found[0] == "fc2_warpgroup")
+    assert hopper_sass.describe(name, tactic, cubin, words)["LDL/STL"] <= 8
