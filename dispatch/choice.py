@@ -13,7 +13,9 @@ How "auto" decides, in this order:
    first backend. Here another backend replaces the first one only if both have a predicted time.
 
 "Faster" means by more than `TIE_MARGIN`. Inside the margin of the best, the first backend in registry order
-wins, then its default tactic, then the first by name: ranks with the same tables agree without talking.
+wins, then its default tactic, then the first by name: ranks with the same tables agree without talking. It gives
+way to another one there that is known to be faster if alpha is dense, which costs less where the assumption below
+is wrong.
 
 alpha lies on the device and is never read here. Times are taken for rows with `assumed_top_k(experts)`
 nonzeros, the usual routed case, or with the number that the user's own tuning names; where only dense times
@@ -118,6 +120,11 @@ class _Field:
         self.defaults = {name: self._default(backend) for name, backend in self.backends.items()}
         self.evidence: Evidence = measured.evidence(problem, allowed=self.asked_for)
         self._reasons: dict[Tactic, str] = {}
+
+    @functools.cached_property
+    def if_dense(self) -> dict[Tactic, Estimate]:
+        """Times at this m or around it with dense alpha, which decisions do not assume; as far as it was measured."""
+        return self.measured.evidence(self.problem, ALPHA_DENSE, self.asked_for).estimates
 
     def _default(self, backend: Fc2Backend) -> Tactic:
         tactic = backend.default_tactic(self.problem)
@@ -235,9 +242,19 @@ class _Field:
             if not self.reason(tactic):
                 limit = min(limit, estimate.seconds * (1 + TIE_MARGIN))
                 tied.append(tactic)
-        if len(tied) > 1:
-            tied.sort(key=self._order)
-        return (tied[0], known[tied[0]]) if tied else None
+        if not tied:
+            return None
+        first = self._better_if_dense(sorted(tied, key=self._order))
+        return first, known[first]
+
+    def _better_if_dense(self, tied: list[Tactic]) -> Tactic:
+        """The first, unless others are known to be faster than it by more than the margin if alpha is dense: then the first
+        of the best of those."""
+        known = {tactic: self.if_dense[tactic].seconds for tactic in tied if tactic in self.if_dense}
+        if len(tied) == 1 or tied[0] not in known:
+            return tied[0]
+        limit = min(known.values()) * (1 + TIE_MARGIN)
+        return next(tactic for tactic, seconds in known.items() if seconds <= limit)
 
     def _order(self, tactic: Tactic) -> tuple:
         name = tactic.backend
@@ -349,8 +366,8 @@ def _notes(field: _Field, chosen: Tactic, source: str, estimate: Optional[Estima
 
 
 def _dense_note(field: _Field, chosen: Tactic) -> list[str]:
-    """What the chosen tactic costs if alpha is dense, which decisions do not assume; as far as it was measured."""
-    known = field.measured.evidence(field.problem, ALPHA_DENSE, field.asked_for).estimates
+    """What the chosen tactic costs if alpha is dense."""
+    known = field.if_dense
     own, possible = known.get(chosen), [tactic for tactic in known if not field.reason(tactic)]
     if own is None:
         return []

@@ -251,6 +251,23 @@ def test_ties_without_an_incumbent_go_by_the_fixed_order():
         assert chosen.tactic == min(SLOW, FAST, key=str), "measurement noise must not decide"
 
 
+@pytest.mark.parametrize("dense, taken", [(51.5, "first"), (49.6, "first"), (49.4, "second")])
+def test_a_tie_goes_to_what_is_known_to_be_faster_if_alpha_is_dense(dense, taken):
+    first, second = sorted((SLOW, FAST), key=str)
+    times = [entry(16, first, 20.2), entry(16, second, 20.0), entry(16, first, 50.5, "dense"), entry(16, second, dense, "dense")]
+    chosen = choose(problem(16, H200), H200, Measured(table(*times))).tactic
+    assert chosen == (first if taken == "first" else second)
+
+
+def test_faster_with_dense_alpha_is_no_reason_outside_a_tie():
+    times = [entry(16, SLOW, 20.0), entry(16, FAST, 21.0), entry(16, SLOW, 50.0, "dense"), entry(16, FAST, 30.0, "dense")]
+    decision = choose(problem(16, H200), H200, Measured(table(*times)))
+    assert decision.tactic == SLOW and "if alpha is dense it takes 50.0 us" in str(decision)
+    untimed = [entry(16, SLOW, 20.2), entry(16, FAST, 20.0), entry(16, max(SLOW, FAST, key=str), 30.0, "dense")]
+    decision = choose(problem(16, H200), H200, Measured(table(*untimed)))
+    assert decision.tactic == min(SLOW, FAST, key=str), "the first's dense time is not known"
+
+
 def test_among_backends_the_best_measured_wins_and_ties_go_to_the_first():
     times = [entry(16, TorchTactic(), 10.0)]
     decision = choose(problem(16, H200), H200, Measured(table(*times)))
