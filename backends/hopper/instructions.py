@@ -64,9 +64,11 @@ def load4(address: Int32, dtype: type = Int32) -> tuple:
     return ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", (dtype,) * 4, (address,))
 
 
-def load4_if(wanted: Boolean, address: Int32, old: tuple) -> tuple:
-    """As `load4` where `wanted`, else `old`."""
+def load4_if(wanted: Boolean | None, address: Int32, old: tuple) -> tuple:
+    """As `load4` where `wanted`, else `old`; None is always, without a predicate."""
     kind = type(old[0])
+    if wanted is None:
+        return load4(address, kind)
     return ptx("@$4 ld.shared.v4.b32 {$0, $1, $2, $3}, [$5];", (kind,) * 4, (wanted, address, *old), tied=4)
 
 
@@ -96,7 +98,10 @@ def store2_if(wanted: Boolean, address: Int32, values: tuple) -> None:
     ptx("@$0 st.shared.v2.b32 [$1], {$2, $3};", (), (wanted, address, *values))
 
 
-def store4_if(wanted: Boolean, address: Int32, values: tuple) -> None:
+def store4_if(wanted: Boolean | None, address: Int32, values: tuple) -> None:
+    """Four words to shared memory where `wanted`; None is always, without a predicate."""
+    if wanted is None:
+        return store4(address, values)
     ptx("@$0 st.shared.v4.b32 [$1], {$2, $3, $4, $5};", (), (wanted, address, *values))
 
 

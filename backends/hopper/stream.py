@@ -597,7 +597,7 @@ class StreamKernel:
             for pair in cutlass.range_constexpr(2):
                 for i in cutlass.range_constexpr(width):
                     at = places.pieces[pair] + slots[i] + q * 128
-                    right[i] = ins.load4(at) if i < full else ins.load4_if(present[i], at, right[i])
+                    right[i] = ins.load4_if(present[i], at, right[i])
                 for step in cutlass.range_constexpr(2):
                     for half in cutlass.range_constexpr(2):
                         operand = ins.decode_weights(words[q][half][2 * pair + step], factors[half])
@@ -630,20 +630,13 @@ class StreamKernel:
             cute.arch.barrier(barrier_id=_turn(warp), number_of_threads=64)
         # The other consumers wait for this: all loads first, then all additions.
         for wanted, at in targets:
-            if cutlass.const_expr(wanted is None):
-                old.append(ins.load4(at, Float32))
-            else:
-                old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))
+            old.append(ins.load4_if(wanted, at, (zero, zero, zero, zero)))
         for i in cutlass.range_constexpr(width):
             low, high = sums[i]
             for j in cutlass.range_constexpr(2):
                 wanted, at = targets[2 * i + j]
                 added = zip(old[2 * i + j], (low[j], low[2 + j], high[j], high[2 + j]))
-                new = tuple(x + weights[i][j] * y for x, y in added)
-                if cutlass.const_expr(wanted is None):
-                    ins.store4(at, new)
-                else:
-                    ins.store4_if(wanted, at, new)
+                ins.store4_if(wanted, at, tuple(x + weights[i][j] * y for x, y in added))
 
     @cute.jit
     def _leave(self, smem, sums, flags, tokens, hidden, done, warp, lane):

@@ -111,6 +111,19 @@ def decode_activations(word0, word1, scale):
     )  # fmt: skip
 
 
+def _fields(word: str) -> list[str]:
+    """Code of registers a0 to a3 of the left operand, unscaled, from a word (`layout._registers`); a3 needs a2's u."""
+    return [
+        f"and.b32 a0, {word}, 0x8E008E00;",
+        f"shl.b32 t, {word}, 3; and.b32 a1, t, 0x8E008E00;",
+        f"shl.b32 u, {word}, 7; shl.b32 t, {word}, 10; xor.b32 t, t, u; and.b32 a2, t, 0x8E008E00;",
+        f"shf.l.wrap.b32 t, {word}, {word}, 12; xor.b32 t, t, u; and.b32 a3, t, 0x8E008E00;",
+    ]
+
+
+_SCALED = "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;"
+
+
 def _multiply_asm(groups: int, half: int) -> str:
     """Four steps of 16 rows times 8 * groups tokens.
 
@@ -125,14 +138,7 @@ def _multiply_asm(groups: int, half: int) -> str:
     lines.append(f"prmt.b32 s, ${scale}, ${scale}, 0x2103;" if half else f"mov.b32 s, ${scale};")
     lines.append("and.b32 s, s, 0x7F807F80; mov.b32 {l, h}, s; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};")
     for step in range(4):
-        x = f"${x0 + step}"
-        lines += [
-            f"and.b32 a0, {x}, 0x8E008E00;",
-            f"shl.b32 t, {x}, 3; and.b32 a1, t, 0x8E008E00;",
-            f"shl.b32 u, {x}, 7; shl.b32 t, {x}, 10; xor.b32 t, t, u; and.b32 a2, t, 0x8E008E00;",
-            f"shf.l.wrap.b32 t, {x}, {x}, 12; xor.b32 t, t, u; and.b32 a3, t, 0x8E008E00;",
-            "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;",
-        ]
+        lines += [*_fields(f"${x0 + step}"), _SCALED]
         for group in range(groups):
             d = ", ".join(f"${4 * group + i}" for i in range(4))
             b = b0 + 8 * group + 2 * step
@@ -173,15 +179,12 @@ def multiply2(acc, x, scale, b, c):
 
 def _decode_asm() -> str:
     """$0..$7: registers 0..3 of the left operand, low then high side, from a word of weights and its scale factors."""
+    fields = _fields("$8")
     lines = [
         ".reg .b32 t, u, s, s0, s1, a0, a1, a2, a3; .reg .b16 l, h;",
         "mov.b32 {l, h}, $9; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};",
-        # In this order: with 0 and 1 first ptxas spills 357 times in the dense kernel's loop at 32 tokens, 2 times so.
-        "shl.b32 u, $8, 7; shl.b32 t, $8, 10; xor.b32 t, t, u; and.b32 a2, t, 0x8E008E00;",
-        "shf.l.wrap.b32 t, $8, $8, 12; xor.b32 t, t, u; and.b32 a3, t, 0x8E008E00;",
-        "and.b32 a0, $8, 0x8E008E00;",
-        "shl.b32 t, $8, 3; and.b32 a1, t, 0x8E008E00;",
-        "mul.f16x2 a0, a0, s0; mul.f16x2 a1, a1, s1; mul.f16x2 a2, a2, s0; mul.f16x2 a3, a3, s1;",
+        # In this order: with a0 and a1 first ptxas spills 357 times in the dense kernel's loop at 32 tokens, 2 times so.
+        *fields[2:], *fields[:2], _SCALED,
     ]
     lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};" for i in range(4)]
     return "{ " + "\n".join(lines) + " }"
