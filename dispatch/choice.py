@@ -373,6 +373,9 @@ def _dense_note(field: _Field, chosen: Tactic) -> list[str]:
         return []
     best = min(possible, key=lambda tactic: known[tactic].seconds)
     text = f"if alpha is dense it takes {own.seconds * 1e6:.1f} us ({own.source})"
+    default = field.defaults[chosen.backend]
+    if default in known and own.seconds * (1 + TIE_MARGIN) < known[default].seconds:
+        text += f", the default {known[default].seconds * 1e6:.1f} us, which decides between them in a tie"
     if known[best].seconds * (1 + TIE_MARGIN) < own.seconds:
         text += f", and {best} {known[best].seconds * 1e6:.1f} us: name that one then"
     return [text]

@@ -157,7 +157,7 @@ class Decision:
             return f"{text}; the chosen one has no known time and comes first in the fixed order"
         ratio = candidate.seconds / self.seconds - 1
         if abs(ratio) <= TIE_MARGIN:
-            return f"{text}: a tie, and the chosen one comes first"
+            return f"{text}: a tie, which goes to the chosen one"
         if ratio > 0:
             return f"{text}: {ratio:.0%} slower"
         return f"{text}: {-ratio:.0%} less, but {_PRECEDENCE[self.source]}"

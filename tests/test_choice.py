@@ -259,6 +259,17 @@ def test_a_tie_goes_to_what_is_known_to_be_faster_if_alpha_is_dense(dense, taken
     assert chosen == (first if taken == "first" else second)
 
 
+def test_the_report_says_what_decided_a_tie_with_the_default():
+    default = TRITON.default_tactic(problem(16, H200))
+    times = [entry(16, t, us, alpha) for t, us, alpha in (
+        (default, 20.0, "topk:8"), (FAST, 20.2, "topk:8"), (default, 50.0, "dense"), (FAST, 40.0, "dense"),
+    )]  # fmt: skip
+    decision = choose(problem(16, H200), H200, Measured(table(*times)))
+    assert decision.tactic == FAST
+    assert "if alpha is dense it takes 40.0 us (measured), the default 50.0 us, which decides" in str(decision)
+    assert f"not {default.brief}: 20.0 us measured by tuning: a tie, which goes to the chosen one" in str(decision)
+
+
 def test_faster_with_dense_alpha_is_no_reason_outside_a_tie():
     times = [entry(16, SLOW, 20.0), entry(16, FAST, 21.0), entry(16, SLOW, 50.0, "dense"), entry(16, FAST, 30.0, "dense")]
     decision = choose(problem(16, H200), H200, Measured(table(*times)))
