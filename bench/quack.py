@@ -1,8 +1,9 @@
 """QuACK's product of the same weights in turns with ours: `python -m bench.quack [--m 64 128 256 384 512] [--json FILE]`.
 
-QuACK (`pip install quack-kernels`, SM 9.0) multiplies NVFP4 weights with bfloat16 activations and has no alpha. Here it gets
-the values of our activations, which bfloat16 holds exactly. In turns with it run our calls with dense alpha, the first and the
-last of each turn, and QuACK behind a pass of torch that applies alpha to the activations, which rounds them to bfloat16.
+On the layer of DeepSeek-V3, on SM 9.0, with `pip install -e '.[bench]' quack-kernels`. QuACK multiplies NVFP4 weights with
+bfloat16 activations and has no alpha. Here it gets the values of our activations, which bfloat16 holds exactly. In turns with
+it run our calls with dense alpha, the first and the last of each turn, and QuACK behind a pass of torch that applies alpha to
+the activations, which rounds them to bfloat16.
 
 Medians and the middle 80% in microseconds: single calls on a cold L2, and CUDA graphs of eight calls, which heat the GPU.
 """
@@ -21,7 +22,7 @@ from tabulate import tabulate
 
 import dispatch
 from backends.operand import Nvfp4Tensor, PreparedOperand
-from bench.cupti import KernelTrace
+from bench.cupti import KernelTrace, cupti_unavailable
 from bench.stats import summarize
 from bench.timing import CuptiRunner
 from dispatch.inputs import WEIGHT_STD, AlphaForm, TokenSet, copy_operand, generator, random_operand, token_sets
@@ -118,10 +119,11 @@ def weights(prepare: Callable[..., tuple], n: int, k: int, experts: int, device:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=int, nargs="+", default=list(TILES), help="token counts")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="deepseek-v3-tp8")
     parser.add_argument("--samples", type=int, default=40, help="single calls of each; half as many graphs")
     parser.add_argument("--json", help="file for the records")
     arguments = parser.parse_args()
+    if min(arguments.m) < 1 or arguments.samples < 4:
+        parser.error("--m takes token counts of at least 1, --samples at least 4")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("bench.quack needs a GPU of SM 9.0 (H100, H200)", file=sys.stderr)
         return 2
@@ -130,7 +132,10 @@ def main() -> int:
     except ImportError as error:
         print(f"bench.quack needs QuACK ({error}): pip install quack-kernels", file=sys.stderr)
         return 2
-    device, shape = torch.device("cuda"), SHAPES[arguments.shape]
+    if reason := cupti_unavailable():
+        print(f"bench.quack needs CUPTI: {reason}", file=sys.stderr)
+        return 2
+    device, shape = torch.device("cuda"), SHAPES["deepseek-v3-tp8"]
     ours, theirs = weights(prepare_w4_weight, shape.n, shape.k, shape.experts, device)
     records: list[dict] = []
     for m in arguments.m:

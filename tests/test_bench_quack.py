@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 
 from backends.operand import Nvfp4Tensor
@@ -53,3 +54,11 @@ def test_without_a_gpu_or_quack_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "quack", None)
     assert quack.main() == 2 and "pip install quack-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--m", "0"], ["--samples", "1"], ["--m", "many"]])
+def test_bad_counts_are_refused(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["quack", *arguments])
+    with pytest.raises(SystemExit):
+        quack.main()
+    assert arguments[0] in capsys.readouterr().err
